@@ -1,0 +1,118 @@
+"""One episode, from a task to a trajectory: the specification that every faster path is tested against.
+
+The agent renders, the policy samples, the environment acts. The tokens of the trajectory are the tokens that the engine
+read and sampled. A failure of the infrastructure ends the episode as data (`stop` and `outcome` "infra", no reward); a
+mistake of the environment's author is an exception with its traceback.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import gymnasium
+
+from agents.prompts import STYLES
+from agents.trajectory import Segment, Trajectory
+from envs.env import finite
+from envs.errors import InfraError
+from policy.completion import Policy, Sampling
+from policy.renderer import Renderer
+
+Clock = Callable[[str], object]
+"""Told what the episode is about to spend its time on: "reset", "wait_policy" or "env"."""
+
+
+def run_episode(
+    env: gymnasium.Env[str, str],
+    policy: Policy,
+    renderer: Renderer,
+    sampling: Sampling,
+    *,
+    episode: str,
+    seed: int,
+    options: dict[str, Any] | None = None,
+    sample: int = 0,
+    style: str = "plain",
+    clock: Clock = lambda label: None,
+) -> Trajectory:
+    """Play task `seed` of `options["split"]` to its end.
+
+    sampling: `max_tokens` is the most per turn; the task's own bound may lower it. `seed` and the turn number seed each
+    completion where `sampling.seed` is set.
+    Never raises `InfraError`; the environment is left closed.
+    """
+    trajectory, began = Trajectory(task_id=f"{seed}", sample=sample), time.monotonic()
+    try:
+        _play(env, policy, renderer, sampling, trajectory, episode, seed, options or {}, style, clock)
+    except InfraError as error:
+        trajectory.reward, trajectory.outcome, trajectory.stop = None, "infra", "infra"
+        trajectory.info["why"] = str(error)
+    finally:
+        policy.release(episode)
+        env.close()
+    trajectory.info["seconds"] = round(time.monotonic() - began, 4)
+    return trajectory
+
+
+def _play(
+    env: gymnasium.Env[str, str],
+    policy: Policy,
+    renderer: Renderer,
+    sampling: Sampling,
+    trajectory: Trajectory,
+    episode: str,
+    seed: int,
+    options: dict[str, Any],
+    style: str,
+    clock: Clock,
+) -> None:
+    clock("reset")
+    statement, info = env.reset(seed=seed, options=options)
+    trajectory.task_id = str(info.get("task_id", f"{options.get('split', 'train')}/{seed}"))
+    trajectory.info |= info.get("provenance", {})
+    words = STYLES[style]
+    turn_tokens = min(sampling.max_tokens, getattr(env, "turn_tokens", sampling.max_tokens))
+    context = int(getattr(env, "context_tokens", 1 << 30))
+    turns = int(getattr(getattr(getattr(env, "task", None), "budget", None), "turns", 0))
+    segment = Segment()
+    trajectory.segments.append(segment)
+    segment.observe(renderer.start(statement, words.system(getattr(env, "tools", ()))))
+    total = 0.0
+    while True:
+        room = context - len(segment)
+        if room < 2:
+            return _truncate(env, trajectory, total, "context_limit")
+        asked = replace(
+            sampling,
+            max_tokens=min(turn_tokens, room),
+            stop_ids=(renderer.end_id,),
+            seed=None if sampling.seed is None else (sampling.seed * 1_000_003 + trajectory.turns) & 0x7FFFFFFF,
+        )
+        clock("wait_policy")
+        completion = policy.generate(segment.token_ids, asked, episode)
+        segment.act(completion)
+        trajectory.turns += 1
+        if completion.finish == "cancelled":
+            raise InfraError("the engine cancelled the episode")
+        clock("env")
+        text, reward, terminated, truncated, info = env.step(renderer.decode(completion.token_ids))
+        total += finite(reward)
+        if terminated or truncated:
+            trajectory.reward = total
+            trajectory.stop = str(info.get("stop", "submitted" if terminated else "turn_limit"))
+            trajectory.outcome = str(info.get("outcome", "resolved" if total > 0 else "unresolved"))
+            trajectory.info |= {k: info[k] for k in ("why", "similarity", "dropped") if info.get(k)}
+            return None
+        shown = words.observation(text, turns - trajectory.turns, context - len(segment))
+        segment.observe(renderer.extend(completion.token_ids[-1], f"tool: {info.get('tool', 'bash')}", shown))
+
+
+def _truncate(env: gymnasium.Env[str, str], trajectory: Trajectory, total: float, stop: str) -> None:
+    """The agent's own limit ended the episode: graded as it stands where the environment can (`truncate`), else failed."""
+    finish: Callable[[str], tuple[float, dict[str, Any]]] | None = getattr(env, "truncate", None)
+    reward, info = finish(stop) if finish else (0.0, {})
+    trajectory.reward, trajectory.stop = total + finite(reward), stop
+    trajectory.outcome = str(info.get("outcome", "unresolved"))

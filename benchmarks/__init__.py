@@ -1,0 +1,1 @@
+"""Measurement: benchmarks of policies, and of the system itself (`benchmarks/systems`)."""

@@ -1,0 +1,53 @@
+"""`python -m benchmarks systems NAME`: measure a part of the system; prints rows, writes them with --json F."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from envs.errors import user_errors
+
+SYSTEMS = ("learning",)
+EXAMPLE = """
+examples:
+  python -m benchmarks systems learning --seeds 3 --json learning.json
+  python -m benchmarks systems learning --seeds 1 --tasks 100 --table
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser("python -m benchmarks", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    systems = commands.add_parser("systems", help="measure a part of the system").add_subparsers(dest="name", required=True)
+    for name in SYSTEMS:
+        module = import_module(f"benchmarks.systems.{name}")
+        one = systems.add_parser(name, help=(module.__doc__ or "").split("\n")[0])
+        one.add_argument("--json", type=Path, help="write the rows to a file")
+        module.options(one)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; status 0 when it ran, whatever was met."""
+    from benchmarks.systems.base import commit, host
+
+    args = parser().parse_args(argv)
+    result = {"name": args.name, "commit": commit(), "host": host()}
+    result |= import_module(f"benchmarks.systems.{args.name}").run(args)
+    goals = [r["met"] for r in result["rows"] if r["goal"]]
+    result["ok"] = all(goals)
+    for r in result["rows"]:
+        shown = f"{r['ours']:g} {r['unit']}" + (f", {r['ratio']:g} x {r['peer_name']}" if r["ratio"] is not None else "")
+        verdict = "" if r["met"] is None else f"   goal {r['goal']}: {'met' if r['met'] else 'NOT MET'}"
+        print(f"{r['what']:<60} {shown:>22}  n={r['n']} {r['spread'] or ''}{verdict}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(user_errors(main))

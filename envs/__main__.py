@@ -1,0 +1,99 @@
+"""`python -m envs doctor|play`: what this host can isolate, and an environment played by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from envs.errors import user_errors
+from envs.registration import make, registered
+
+EXAMPLE = """
+examples:
+  python -m envs doctor                       what this host can enforce, a line each
+  python -m envs play                         repair task 0 of tiny-repairs with your own hands
+  python -m envs play codeworld/SWE-v0 --task 7 --split validation
+In `play` an action ends with an empty line; `bash COMMAND` and `submit` are short for the tool calls.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser("python -m envs", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", help="what this host can enforce")
+    doctor.add_argument("--json", metavar="F", help="write the table to a file as well")
+    play = commands.add_parser("play", help="play an environment by hand", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    play.add_argument("env", nargs="?", default="codeworld/SWE-v0", help="registered id or module:Class (default: %(default)s)")
+    play.add_argument("--task", type=int, default=0, help="task index (default: %(default)s)")
+    play.add_argument("--split", default="train", help="split (default: %(default)s)")
+    play.add_argument("--kwargs", type=json.loads, default={}, metavar="JSON", help='constructor arguments, e.g. \'{"backend": "docker"}\'')
+    return p
+
+
+def read_action() -> str | None:
+    """One action from the terminal: lines up to an empty one, with the short forms; None at end of file."""
+    lines: list[str] = []
+    while True:
+        try:
+            line = input("> " if not lines else ". ")
+        except EOFError:
+            return None
+        if not lines and line.startswith("bash "):
+            return f"<tool: bash>\n{line[5:]}\n</tool>"
+        if not lines and line.strip() == "submit":
+            return "<tool: submit>\n</tool>"
+        if not line:
+            return "\n".join(lines)
+        lines.append(line)
+        if line == "</tool>":
+            return "\n".join(lines)
+
+
+def play(args: Any) -> int:
+    """One episode by hand."""
+    env = make(args.env, **args.kwargs)
+    try:
+        statement, info = env.reset(seed=args.task, options={"split": args.split})
+        print(f"[{info.get('task_id', args.env)}]\n{statement}")
+        total = 0.0
+        while True:
+            action = read_action()
+            if action is None:
+                return 0
+            observation, reward, terminated, truncated, info = env.step(action)
+            total += float(reward)
+            print(observation, end="" if observation.endswith("\n") else "\n")
+            if terminated or truncated:
+                print(f"end: {info.get('stop', 'submitted')}, outcome {info.get('outcome', '-')}, return {total:g}. {info.get('why', '')}")
+                return 0
+    finally:
+        env.close()
+
+
+def doctor(args: Any) -> int:
+    """The table of what this host can enforce; status 1 where no sandbox is possible."""
+    from envs.sandbox import probe
+
+    rows = probe()
+    width = max(len(what) for what, _, _ in rows)
+    for what, value, remedy in rows:
+        print(f"{what:<{width}}  {value}" + (f"   ({remedy})" if remedy else ""))
+    print(f"{'environments':<{width}}  {', '.join(registered())}")
+    if args.json:
+        from pathlib import Path
+
+        Path(args.json).write_text(json.dumps([{"what": w, "value": v, "remedy": r} for w, v, r in rows], indent=1) + "\n")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    args = parser().parse_args(argv)
+    return {"doctor": doctor, "play": play}[args.command](args)
+
+
+if __name__ == "__main__":
+    sys.exit(user_errors(main))

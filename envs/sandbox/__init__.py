@@ -1,0 +1,83 @@
+"""Sandboxes: what an episode or a grading runs in. `make_backend()` gives the best backend that works on this host.
+
+>>> backend = make_backend()                                       # doctest: +SKIP
+>>> with backend.create(files={"a.py": b"print(1)"}) as sandbox:   # doctest: +SKIP
+...     sandbox.run("python a.py", timeout=10).text()
+'1\\n'
+"""
+
+from __future__ import annotations
+
+from envs.errors import CodeworldError, InfraError, SandboxDead, Unsupported, nearest
+from envs.sandbox.base import Backend, Cause, Changes, FileChange, Limits, Result, Sandbox, Snapshot, Usage
+from envs.sandbox.doctor import probe
+
+BACKENDS = ("native", "docker")
+
+
+def make_backend(name: str = "auto") -> Backend:
+    """The backend called `name`; "auto" is native where a trivial sandbox works, else docker.
+
+    Raises `Unsupported` with one line that names the cause and the remedy (for "auto", of both).
+    """
+    if name == "auto":
+        return _first_that_works()
+    if name not in BACKENDS:
+        raise ValueError(f"sandbox backend {name!r}: known are auto, {', '.join(BACKENDS)}.{nearest(name, BACKENDS)}")
+    backend = _new(name)
+    _try(backend)
+    return backend
+
+
+def _new(name: str) -> Backend:
+    if name == "native":
+        from envs.sandbox.native import NativeBackend
+
+        return NativeBackend()
+    from envs.sandbox.docker import DockerBackend
+
+    return DockerBackend()
+
+
+def _try(backend: Backend) -> None:
+    """One trivial sandbox: namespaces and limits are not believed before they were used."""
+    try:
+        sandbox = backend.create()
+        try:
+            result = sandbox.run(":", timeout=20)
+        finally:
+            sandbox.close()
+        if not result.ok:
+            raise InfraError(f"{backend.name} sandbox: a trivial command ended with {result}")
+    except CodeworldError:
+        backend.close()
+        raise
+
+
+def _first_that_works() -> Backend:
+    causes = []
+    for name in BACKENDS:
+        try:
+            return make_backend(name)
+        except CodeworldError as error:
+            causes.append(f"{name}: {error}")
+    raise Unsupported("no sandbox backend works here; " + "; ".join(causes))
+
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Cause",
+    "Changes",
+    "FileChange",
+    "InfraError",
+    "Limits",
+    "Result",
+    "Sandbox",
+    "SandboxDead",
+    "Snapshot",
+    "Unsupported",
+    "Usage",
+    "make_backend",
+    "probe",
+]

@@ -1,0 +1,166 @@
+"""What a sandbox is: the protocol that every backend keeps, and the types that cross it.
+
+A sandbox is the isolation that one episode (or one grading) runs in. Backends differ in how they isolate, not in what
+they answer: one conformance suite (`tests/envs/test_sandbox.py`) runs against all of them. A sandbox never raises for
+what a command did; it says so in `Result.cause`. It raises `SandboxDead` when it stopped answering and `Unsupported`, at
+creation only, for a limit that the host can't enforce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Cause = Literal["exit", "signal", "timeout", "oom", "pids", "disk", "output", "dead"]
+"""Why a command ended: it exited, died by a signal, ran out of time, hit a limit, or the sandbox itself died."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one sandbox may use. Every field is enforced, or creation is refused with a line that says why."""
+
+    memory_mb: int = 512
+    """Resident memory of all its processes together, MiB. As root: a cgroup. As an ordinary user without cgroup
+    delegation: `RLIMIT_AS` on each process (so `pids` × `memory_mb` in the worst case), stated by the doctor."""
+    pids: int = 64
+    """Processes and threads alive at once."""
+    disk_mb: int = 64
+    """Bytes that the work directory and `/tmp` may hold together, MiB (a size-capped tmpfs: it counts as memory)."""
+    output_kb: int = 64
+    """Output kept of one command, KiB: half from its head, half from its tail. The true total is always reported."""
+    cpus: float = 1.0
+    """CPU cores; enforced where cgroups are (as root), else only by timeouts, stated by the doctor."""
+
+    def __post_init__(self) -> None:
+        for name in ("memory_mb", "pids", "disk_mb", "output_kb", "cpus"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"limits.{name}={getattr(self, name)} must be above 0; leave it out for the default")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one command did, as data."""
+
+    exit: int | None
+    """Exit status; None unless `cause` is "exit"."""
+    cause: Cause
+    head: bytes
+    """First bytes of stdout and stderr, merged in the order they were written."""
+    tail: bytes = b""
+    """Last bytes, where the output was longer than the limit keeps; else empty."""
+    total: int = 0
+    """True number of bytes the command wrote."""
+    wall: float = 0.0
+    """Seconds from sending the command to its end."""
+    cpu: float | None = None
+    """CPU seconds of the command's processes, where the backend can tell."""
+    peak_memory: int | None = None
+    """Peak bytes of the sandbox, where the backend can tell."""
+    restarted: bool = False
+    """The persistent shell was lost (timeout, `exit`, `exec`, kill) and started again with cwd and exports restored."""
+
+    @property
+    def ok(self) -> bool:
+        """The command exited with status 0."""
+        return self.cause == "exit" and self.exit == 0
+
+    def text(self) -> str:
+        """The output as text: undecodable bytes replaced, the middle marked where it was cut."""
+        head = self.head.decode("utf-8", "replace")
+        if not self.tail:
+            return head
+        cut = self.total - len(self.head) - len(self.tail)
+        return f"{head}\n[... {cut} bytes cut ...]\n{self.tail.decode('utf-8', 'replace')}"
+
+
+@dataclass(frozen=True)
+class FileChange:
+    """One changed path of the work directory. `data` None means deleted."""
+
+    data: bytes | None
+    mode: int = 0o644
+
+
+Changes = Mapping[str, FileChange]
+"""The diff of the work directory against its start: relative POSIX path → change. Regular files only."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A frozen copy of a sandbox's work directory and shell state, from which children start."""
+
+    files: Mapping[str, FileChange]
+    """Every regular file of the work directory."""
+    cwd: str
+    exports: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a sandbox uses now."""
+
+    memory: int | None
+    """Bytes, where the backend can tell."""
+    pids: int | None
+    disk: int | None
+
+
+class Sandbox(Protocol):
+    """One isolated world with a work directory and a persistent shell. Not thread-safe: one episode owns it."""
+
+    id: str
+
+    def run(self, script: str, *, timeout: float, stdin: bytes = b"") -> Result:
+        """Run `script` in the persistent bash (cwd, exports and functions are kept).
+
+        At `timeout` seconds every process the command started is killed, partial output is kept and the shell answers
+        the next command. Raises `SandboxDead` only if the sandbox itself is gone.
+        """
+
+    def read(self, path: str, *, limit: int = 1 << 20) -> bytes:
+        """The regular file at `path` (relative to the shell's cwd unless absolute), as the sandbox's user sees it.
+
+        Raises `FileNotFoundError`, `IsADirectoryError`, `PermissionError` or `OSError` with a one-line message;
+        a file longer than `limit` bytes is an `OSError`.
+        """
+
+    def write(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
+        """Create or replace a regular file as the sandbox's user. Errors as `read`."""
+
+    def changes(self) -> Changes:
+        """The diff of the work directory since creation, computed outside the sandbox; links and devices are left out."""
+
+    def snapshot(self) -> Snapshot:
+        """The work directory and the shell's cwd and exports, frozen."""
+
+    def fork(self, n: int) -> list[Sandbox]:
+        """`n` new sandboxes that start from this one's `snapshot()`; this one goes on. Their `changes()` count from
+        the same origin as this one's."""
+
+    def kill_all(self) -> None:
+        """Kill every process inside but the broker; the shell starts again with the next command."""
+
+    def usage(self) -> Usage:
+        """Memory, processes and disk in use now."""
+
+    def close(self) -> None:
+        """End every process and free everything. May be called twice; never raises."""
+
+
+class Backend(Protocol):
+    """Makes sandboxes of one kind. Thread-safe: many episodes create at once."""
+
+    name: str
+
+    def create(
+        self, *, base: str = "host", workdir: str = "/repo", files: Mapping[str, bytes] | None = None, limits: Limits | None = None
+    ) -> Sandbox:
+        """Start a sandbox with `files` (paths relative to `workdir`) in place; the shell starts in `workdir`.
+
+        base: "host" (the host's `/usr` and this interpreter, read-only) or what the backend documents.
+        Raises `Unsupported` for a limit or base it can't provide, `InfraError` when the start failed.
+        """
+
+    def close(self) -> None:
+        """Close every sandbox of this backend and its helper."""

@@ -1,0 +1,227 @@
+"""What every sandbox with a broker inside has in common: commands and files over the control stream, the work directory
+read from outside. How it is isolated, started and ended is the subclass's business."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from envs.errors import SandboxDead, Unsupported
+from envs.sandbox.base import Cause, Changes, FileChange, Limits, Result, Sandbox, Snapshot, Usage
+from envs.sandbox.cgroups import OWN_PIDS, Counters
+from envs.sandbox.channel import Channel, Reply
+from envs.sandbox.walk import diff, read_tree
+
+Files = Mapping[str, "bytes | FileChange"]
+
+_SHELL_OWN = frozenset(("_", "SHLVL", "PWD"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """From what a sandbox starts, beside its limits: the same for a new one and for a fork."""
+
+    base: str
+    workdir: str
+    files: Mapping[str, FileChange]
+    origin: Mapping[str, FileChange]
+    """What `changes()` counts from."""
+    cwd: str | None = None
+    exports: Mapping[str, str] | None = None
+
+
+def start_from(base: str, workdir: str, files: Files | None) -> Start:
+    """Check what `create` was given. Raises `ValueError` for a path that leaves the work directory."""
+    if workdir != os.path.normpath(workdir) or not workdir.startswith("/") or workdir.startswith("//") or "\0" in workdir:
+        raise ValueError(f"workdir={workdir!r}: it must be an absolute path without '..'; e.g. '/repo'")
+    tree = {}
+    for path, value in (files or {}).items():
+        parts = path.split("/")
+        if not path or "\0" in path or any(part in ("", ".", "..") for part in parts):
+            raise ValueError(f"files[{path!r}]: paths are relative to the work directory, without '.', '..' or '//'")
+        tree[path] = value if isinstance(value, FileChange) else FileChange(value)
+    return Start(base=base, workdir=workdir, files=tree, origin=tree)
+
+
+class BrokeredSandbox(ABC):
+    """A sandbox whose PID 1 is the helper's broker. See `base.Sandbox` for what the methods promise."""
+
+    def __init__(self, name: str, channel: Channel, workdir_fd: int, start: Start, limits: Limits) -> None:
+        self.id = name
+        self.limits = limits
+        self._channel = channel
+        self._workdir_fd = workdir_fd
+        self._start = start
+        self._cwd = start.cwd or start.workdir
+        self._before = Counters()
+        self._closed = False
+
+    def boot(self, env: Mapping[str, str]) -> None:
+        """Put the files in place and start the shell; the sandbox is ready for commands then."""
+        start = self._start
+        files = [
+            (f"{start.workdir}/{path}", change.data, change.mode)
+            for path, change in start.files.items()
+            if change.data is not None
+        ]
+        if start.cwd is None:
+            self._channel.start(env)  # bash starts while the files are written
+        try:
+            self._channel.write(files)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EFBIG):
+                raise
+            size = sum(len(data) for _, data, _ in files)
+            raise Unsupported(
+                f"files: {len(files)} files of {size} bytes don't fit in limits.disk_mb={self.limits.disk_mb}; raise it"
+            ) from error
+        if start.cwd is not None:
+            self._channel.start(start.exports or env, start.cwd)
+
+    def run(self, script: str, *, timeout: float, stdin: bytes = b"") -> Result:
+        """Run `script` in the persistent shell."""
+        self._check_open()
+        raw = _encode(script)
+        if b"\0" in raw:
+            return Result(exit=126, cause="exit", head=b"bash: the command contains a NUL byte\n")
+        try:
+            reply = self._channel.run(raw, stdin, timeout, max(2, self.limits.output_kb << 10))
+        except OSError as error:
+            return Result(exit=126, cause="exit", head=f"bash: {error.strerror}\n".encode())
+        self._cwd = reply.cwd
+        return self._judge(reply)
+
+    def read(self, path: str, *, limit: int = 1 << 20) -> bytes:
+        """A regular file's bytes."""
+        self._check_open()
+        return self._channel.read(path, limit)
+
+    def write(self, path: str, data: bytes, *, mode: int | None = None) -> None:
+        """Create or replace a regular file."""
+        self._check_open()
+        self._channel.write([(path, data, mode)])
+
+    def changes(self) -> Changes:
+        """What differs in the work directory from its origin."""
+        return diff(self._start.origin, self._tree())
+
+    def snapshot(self) -> Snapshot:
+        """The work directory and the shell's state."""
+        return Snapshot(self._tree(), self._cwd, self._exports())
+
+    def fork(self, n: int) -> list[Sandbox]:
+        """`n` sandboxes that start from here."""
+        frozen = self.snapshot()
+        start = Start(
+            base=self._start.base,
+            workdir=self._start.workdir,
+            files=frozen.files,
+            origin=self._start.origin,
+            cwd=frozen.cwd,
+            exports=frozen.exports,
+        )
+        children: list[Sandbox] = []
+        try:
+            for _ in range(n):
+                children.append(self._sibling(start))
+        except BaseException:
+            for child in children:
+                child.close()
+            raise
+        return children
+
+    def kill_all(self) -> None:
+        """Kill every process but the broker."""
+        self._check_open()
+        self._channel.ask(b"X", b"")
+
+    def usage(self) -> Usage:
+        """Memory, processes and disk in use now."""
+        self._check_open()
+        now, disk = self._counters(), os.fstatvfs(self._workdir_fd)
+        pids = None if now.pids is None else max(0, now.pids - OWN_PIDS)
+        return Usage(now.memory, pids, (disk.f_blocks - disk.f_bfree) * disk.f_frsize)
+
+    def close(self) -> None:
+        """End everything; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        os.close(self._workdir_fd)
+        self._end()
+
+    def __enter__(self) -> BrokeredSandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            self.close()
+
+    @abstractmethod
+    def _end(self) -> None:
+        """End every process and free what the subclass holds; never raises."""
+
+    @abstractmethod
+    def _sibling(self, start: Start) -> Sandbox:
+        """Another sandbox of the same backend and limits."""
+
+    @abstractmethod
+    def _counters(self) -> Counters:
+        """What the sandbox's cgroups say now."""
+
+    def _tree(self) -> dict[str, FileChange]:
+        self._check_open()
+        return read_tree(self._workdir_fd, self.limits.disk_mb << 20)
+
+    def _exports(self) -> dict[str, str]:
+        mark = secrets.token_hex(16).encode()
+        script = b"builtin printf '%s\\0' " + mark + b"; /usr/bin/env -0"
+        reply = self._channel.run(script, b"", 10.0, 2 << 20)
+        text = reply.head.partition(mark + b"\0")[2]
+        pairs = (os.fsdecode(item).partition("=") for item in text.split(b"\0") if b"=" in item)
+        return {key: value for key, _, value in pairs if key not in _SHELL_OWN}
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SandboxDead(f"sandbox {self.id} is closed; create another")
+
+    def _judge(self, reply: Reply) -> Result:
+        before, now = self._before, self._counters()
+        self._before = now
+        cause: Cause = "timeout" if reply.how == "timeout" else "signal" if reply.how == "signal" else "exit"
+        if cause != "timeout" and (reply.status or cause == "signal"):
+            if now.ooms > before.ooms:
+                cause = "oom"
+            elif now.pid_refusals > before.pid_refusals:
+                cause = "pids"
+            elif b"No space left on device" in reply.head + reply.tail and self._disk_full():
+                cause = "disk"
+        return Result(
+            exit=reply.status if cause == "exit" else None,
+            cause=cause,
+            head=reply.head,
+            tail=reply.tail,
+            total=reply.total,
+            wall=reply.wall,
+            cpu=None if now.cpu is None else max(0.0, now.cpu - (before.cpu or 0.0)),
+            peak_memory=now.peak,
+            restarted=reply.restarted,
+        )
+
+    def _disk_full(self) -> bool:
+        disk = os.fstatvfs(self._workdir_fd)
+        return disk.f_bavail * disk.f_frsize < 1 << 16 or disk.f_favail == 0
+
+
+def _encode(script: str) -> bytes:
+    try:
+        return script.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return script.encode("utf-8", "replace")

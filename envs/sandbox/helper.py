@@ -1,0 +1,61 @@
+"""Finds or builds the helper, the static C program that launches sandboxes and is PID 1 in each of them.
+
+It is compiled once per source text and user, into a content-addressed cache; there is no build step at install time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from envs.errors import Unsupported
+
+SOURCES = sorted(Path(__file__).parent.glob("helper/*.[ch]"))
+
+
+def cache_dir() -> Path:
+    """Where the helper is kept: `$XDG_CACHE_HOME/codeworld` or `~/.cache/codeworld`, else a directory of this user in
+    the temporary directory."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    path = (Path(root) if root else Path.home() / ".cache") / "codeworld"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        path = Path(tempfile.gettempdir()) / f"codeworld-{os.getuid()}"
+        path.mkdir(mode=0o700, exist_ok=True)
+        if path.stat().st_uid != os.getuid():
+            raise Unsupported(f"cache {path}: it belongs to another user; set XDG_CACHE_HOME to a directory of yours") from None
+    return path
+
+
+@functools.cache
+def helper_path() -> Path:
+    """The compiled helper. Raises `Unsupported` where it can't be built."""
+    digest = hashlib.sha256(platform.machine().encode() + b"".join(p.read_bytes() for p in SOURCES)).hexdigest()[:16]
+    path = cache_dir() / f"helper-{digest}"
+    if not os.access(path, os.X_OK):
+        _build(path)
+    return path
+
+
+def _build(path: Path) -> None:
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise Unsupported("sandbox helper: no C compiler (cc, gcc, clang) on PATH; install one, e.g. apt-get install gcc libc6-dev")
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    units = [str(p) for p in SOURCES if p.suffix == ".c"]
+    error = ""
+    for static in (["-static"], []):
+        command = [compiler, "-O2", *static, "-o", str(draft), *units]
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        if built.returncode == 0:
+            draft.rename(path)  # atomic: others may build at the same time
+            return
+        error = error or " ".join(built.stderr.split())[-300:]
+    raise Unsupported(f"sandbox helper: {compiler} failed: {error}; install the C library's headers, e.g. libc6-dev")

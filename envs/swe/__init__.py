@@ -1,0 +1,1 @@
+"""Software-engineering environments: a repository in a sandbox, tools, hidden tests."""

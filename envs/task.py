@@ -1,0 +1,183 @@
+"""Tasks: one problem each, frozen, JSON, content-hashed; and task sets, a directory of them.
+
+A task names its files by SHA-256; the bytes are *blobs*, kept beside it (in memory for generated tasks, in `blobs/` on
+disk). What is hidden (hidden tests, the gold patch) is only named in `grader` and enters no sandbox before grading.
+Nothing of a task is executed while it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from envs.fields import build
+from envs.sandbox.base import Limits
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal SHA-256: the name of a blob."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What one episode may spend; the env enforces turns, bytes and seconds, the agent tokens."""
+
+    turns: int = 128
+    """Actions; the last one is still graded. Source: CWM's SWE environment (`reference` limits), there 127 useful ones."""
+    tokens: int = 131_072
+    """Context of the whole episode."""
+    turn_tokens: int = 65_536
+    """Tokens of one action."""
+    seconds: float = 2400.0
+    """Wall clock of the episode, grading left out."""
+    command_seconds: float = 120.0
+    """Wall clock of one command."""
+    observation_chars: int = 32_768
+    """Characters of one observation; cut on the right with a mark."""
+    format_errors: int = 3
+    """Actions that were no valid tool call, in a row, before the episode ends as format_error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grader:
+    """How an attempt is judged. Hidden content is named by hash."""
+
+    kind: str = "tests"
+    command: str = "python3 runner.py"
+    """Test command, run in the work directory with the test files as arguments."""
+    expected: Mapping[str, str] = field(default_factory=dict)
+    """Test id (`tests/test_x.py::test_y`) → "pass" or "fail" with a right solution."""
+    hidden: Mapping[str, str] = field(default_factory=dict)
+    """Relative path → SHA-256 of a file put on top of the attempt at grading."""
+    gold: Mapping[str, str] = field(default_factory=dict)
+    """Relative path → SHA-256 of the file as a right solution has it."""
+    protected: tuple[str, ...] = ()
+    """Globs of paths whose changes are dropped before grading."""
+    seconds: float = 300.0
+    """Wall clock of the grading run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One problem. Equality and `digest` are over the JSON form; `blobs` travels beside it."""
+
+    id: str
+    kind: str = "swe"
+    prompt: str
+    """The statement, shown to the agent as it is."""
+    base: str = "host"
+    """Image digest, root file system, or "host"."""
+    workdir: str = "/repo"
+    setup: Mapping[str, str] = field(default_factory=dict)
+    """Relative path → SHA-256 of a file of the repository as the agent finds it."""
+    limits: Limits = field(default_factory=Limits)
+    network: bool = False
+    budget: Budget = field(default_factory=Budget)
+    tools: tuple[str, ...] = ("bash", "edit", "create", "submit")
+    grader: Grader = field(default_factory=Grader)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Where the task comes from: family, template, seed, source, licence."""
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    """What validation found."""
+    blobs: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False, metadata={"plain": False})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; blobs are left out."""
+        raw = asdict(replace(self, blobs={}))
+        del raw["blobs"]
+        return raw
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: equal tasks have equal digests."""
+        return sha256(json.dumps(self.to_json(), sort_keys=True, separators=(",", ":")).encode())
+
+    def files(self, names: Mapping[str, str]) -> dict[str, bytes]:
+        """The bytes of a path → hash mapping, digests checked."""
+        found = {}
+        for path, name in names.items():
+            data = self.blobs.get(name)
+            if data is None or sha256(data) != name:
+                raise ValueError(
+                    f"task {self.id}: blob {name[:12]}… of {path!r} is missing or changed; export the task set again"
+                )
+            found[path] = data
+        return found
+
+
+def _check_path(path: str, where: str) -> None:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in path or str(pure) != path:
+        raise ValueError(f"{where}: unsafe path {path!r}; paths are relative, normal and stay inside the repository")
+
+
+def task_from_json(raw: Any, where: str = "task") -> Task:
+    """The inverse of `Task.to_json`; refuses unknown fields, unsafe paths and bad digests, naming `where`."""
+    task = build(Task, raw, where)
+    for names in (task.setup, task.grader.hidden, task.grader.gold):
+        for path, name in names.items():
+            _check_path(path, where)
+            if len(name) != 64 or not set(name) <= set("0123456789abcdef"):
+                raise ValueError(f"{where}: {path!r} has the bad digest {name!r}; expected 64 hexadecimal digits")
+    return task
+
+
+class BlobStore(Mapping[str, bytes]):
+    """`DIR/blobs/<sha256>` as a read-only mapping."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __getitem__(self, name: str) -> bytes:
+        path = self.directory / name
+        if path.is_symlink() or not path.is_file():
+            raise KeyError(name)
+        return path.read_bytes()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(os.listdir(self.directory)))
+
+    def __len__(self) -> int:
+        return len(os.listdir(self.directory))
+
+
+def load_tasks(directory: str | Path) -> list[Task]:
+    """Read a task set. A broken row is a `ValueError` with its number; nothing is executed."""
+    directory = Path(directory)
+    path = directory / "tasks.jsonl"
+    if not path.is_file():
+        raise ValueError(
+            f"no task set at {directory}: {path.name} is missing; write one with envs.task.save_tasks or `python -m envs build`"
+        )
+    blobs, tasks, seen = BlobStore(directory / "blobs"), [], set()
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        where = f"{path} row {number}"
+        try:
+            raw = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON ({error}); remove or repair the row") from None
+        task = replace(task_from_json(raw, where), blobs=blobs)
+        if task.id in seen:
+            raise ValueError(f"{where}: task id {task.id!r} occurs twice; ids are unique in a set")
+        seen.add(task.id)
+        tasks.append(task)
+    return tasks
+
+
+def save_tasks(tasks: list[Task], directory: str | Path) -> None:
+    """Write a task set: `tasks.jsonl` (one atomic rename) and its blobs."""
+    directory = Path(directory)
+    (directory / "blobs").mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        for names in (task.setup, task.grader.hidden, task.grader.gold):
+            for name, data in zip(names.values(), task.files(names).values(), strict=True):
+                (directory / "blobs" / name).write_bytes(data)
+    partial = directory / ".tasks.jsonl"
+    partial.write_text("".join(json.dumps(t.to_json(), separators=(",", ":")) + "\n" for t in tasks))
+    partial.rename(directory / "tasks.jsonl")

@@ -1,0 +1,1 @@
+"""`tiny-repairs`: generated repositories with one bug each, their runner and their scripted experts."""

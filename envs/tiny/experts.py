@@ -1,0 +1,126 @@
+"""Deliberately imperfect scripted experts of `tiny-repairs`: what the default policy's warm start imitates.
+
+They know the right line (from the task's provenance) and act on it only sometimes. The noise is stated by `Noise`, and it
+is of four sorts: a plausible wrong edit (another one-token change, on the right line or another line of the function), a
+SEARCH that can't match, no edit at all, and giving up: submitting without a test, or in spite of a failing one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from envs.task import Task
+from envs.tiny.templates import TOKEN, changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """How imperfect an expert is; each field is a probability."""
+
+    right: float = 0.38
+    """An edit makes the right change."""
+    wrong_line: float = 0.3
+    """A wrong edit hits another line of the same function (else the right line with a wrong token)."""
+    miss: float = 0.06
+    """An edit's SEARCH has the wrong indentation."""
+    skip: float = 0.06
+    """No edit is made at all."""
+    test: float = 0.35
+    """The tests are run after an edit."""
+    retry: float = 0.5
+    """A failing test is answered by another attempt instead of a submission."""
+    detour: float = 0.1
+    """The episode starts with `ls` or the tests instead of reading the module."""
+
+
+def bash(command: str) -> str:
+    """A bash action."""
+    return f"<tool: bash>\n{command}\n</tool>"
+
+
+def edit(path: str, search: str, replace: str) -> str:
+    """An edit action."""
+    return f"<tool: edit>\n{path}\n<<<<<<< SEARCH\n{search}\n=======\n{replace}\n>>>>>>> REPLACE\n</tool>"
+
+
+SUBMIT = "<tool: submit>\n</tool>"
+
+
+class Expert:
+    """One expert on one task: call it with the newest observation, it returns the next action."""
+
+    def __init__(self, task: Task, rng: random.Random, noise: Noise | None = None) -> None:
+        self.rng, self.noise = rng, noise or Noise()
+        self.path = str(task.provenance["module"])
+        self.command = task.grader.command
+        text = task.files(task.setup)[self.path].decode()
+        self.gold = task.files(task.grader.gold)[self.path].decode().split("\n")
+        self.lines = text.split("\n")
+        self.bug = next(i for i, (a, b) in enumerate(zip(self.lines, self.gold, strict=True)) if a != b)
+        start = max(i for i in range(self.bug) if self.lines[i].startswith("def "))
+        end = next((i for i in range(self.bug, len(self.lines)) if not self.lines[i]), len(self.lines))
+        self.body = [i for i in range(start + 2, end) if _mutants(self.lines[i])]
+        self.wrong: int | None = None
+        self.next: Callable[[str], str] = self._open
+
+    def __call__(self, observation: str) -> str:
+        """The next action."""
+        return self.next(observation)
+
+    def _open(self, observation: str) -> str:
+        if self.rng.random() < self.noise.detour:
+            self.next = self._read
+            return bash(self.rng.choice(("ls", self.command)))
+        return self._read(observation)
+
+    def _read(self, observation: str) -> str:
+        self.next = self._attempt
+        return bash(f"cat {self.path}")
+
+    def _attempt(self, observation: str) -> str:
+        self.next = self._after_edit
+        if self.wrong is not None:  # take the wrong change back first, unless this edit changes the same line
+            line, self.wrong = self.wrong, None
+            if line != self.bug:
+                self.next = self._attempt
+                return self._change(line, self.gold[line])
+        roll = self.rng.random()
+        if roll < self.noise.skip:
+            return self._after_edit(observation)
+        if roll < self.noise.skip + self.noise.miss:
+            text = self.lines[self.bug]
+            return edit(self.path, text.lstrip() if text[0] == " " else " " + text, self.gold[self.bug].lstrip())
+        if self.rng.random() < self.noise.right:
+            return self._change(self.bug, self.gold[self.bug])
+        others = [i for i in self.body if i != self.bug]
+        at = self.rng.choice(others) if others and self.rng.random() < self.noise.wrong_line else self.bug
+        options = [t for t in _mutants(self.lines[at]) if t not in (self.gold[at], self.lines[at])]
+        self.wrong = at
+        return self._change(at, self.rng.choice(options) if options else self.gold[at])
+
+    def _change(self, at: int, new: str) -> str:
+        old, self.lines[at] = self.lines[at], new
+        return edit(self.path, old, new)
+
+    def _after_edit(self, observation: str) -> str:
+        if self.rng.random() < self.noise.test:
+            self.next = self._after_test
+            return bash(self.command)
+        return SUBMIT
+
+    def _after_test(self, observation: str) -> str:
+        if "failed" not in observation or self.rng.random() >= self.noise.retry:
+            return SUBMIT
+        return self._attempt(observation)
+
+
+def _mutants(line: str) -> list[str]:
+    tokens = TOKEN.findall(line)
+    names = sorted({t for t in tokens if t.isidentifier() and len(t) == 1} | ({"out"} if "out" in tokens else set()))
+    found = []
+    for at, token in enumerate(tokens):
+        scope = names if not line.lstrip().startswith("for") and "=" not in tokens[at + 1 : at + 3] else []
+        found += ["".join([*tokens[:at], new, *tokens[at + 1 :]]) for _, new in changes(token, scope)]
+    return found

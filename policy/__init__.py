@@ -1,0 +1,1 @@
+"""What answers: engines, renderers and scripts behind one interface. Importing this package imports no torch."""

@@ -1,0 +1,176 @@
+"""Models from a config with random weights, or from a directory in Hugging Face format.
+
+Where there is nothing to download a model is built here: `cwm-tiny` has the class and the layout of the 32B target at a
+size that one CPU core trains. Nothing here reaches the network, and `cwm-32b` is only described (its config and its
+parameter count on the meta device), never built.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, CwmConfig, CwmForCausalLM, PreTrainedModel
+
+from envs.errors import nearest
+from policy.weights import load_into
+
+MOST_PARAMETERS = 4_000_000_000
+"""Most parameters that `build` makes: 16 GB in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A preset's name, and what to change in it. None takes the preset's value.
+
+    Example: `ModelConfig(name="cwm-tiny", vocab_size=512, hidden_size=96, layers=3, intermediate_size=256)`.
+    """
+
+    name: str = "cwm-tiny"
+    """A row of `PRESETS`."""
+    vocab_size: int | None = None
+    """Rows of the embedding; take it from the tokenizer."""
+    hidden_size: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    """Query heads; must divide `hidden_size`."""
+    kv_heads: int | None = None
+    """Key and value heads; must divide `heads`."""
+    intermediate_size: int | None = None
+    """Width of the SwiGLU layer."""
+    max_context: int | None = None
+    """Most positions; the sliding window of a built model is never smaller."""
+    tie_embeddings: bool | None = None
+    """One matrix for embedding and head."""
+    rope_theta: float | None = None
+    bos_id: int | None = None
+    """Recorded in config.json for other software; engines take ids from their caller."""
+    eos_id: int | None = None
+    """As `bos_id`: an engine stops at `Sampling.stop_ids`."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "cwm-tiny": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "layers": 4,
+        "heads": 4,
+        "kv_heads": 4,
+        "intermediate_size": 384,
+        "max_context": 1024,
+        "tie_embeddings": True,
+        "rope_theta": 10_000.0,
+        "bos_id": 0,
+        "eos_id": 0,
+    },
+    # Sizes of facebook/cwm's config.json.
+    "cwm-32b": {
+        "vocab_size": 128_256,
+        "hidden_size": 6144,
+        "layers": 64,
+        "heads": 48,
+        "kv_heads": 8,
+        "intermediate_size": 21_504,
+        "max_context": 131_072,
+        "tie_embeddings": False,
+        "rope_theta": 1_000_000.0,
+        "bos_id": 128_000,
+        "eos_id": [128_001, 128_008, 128_009],
+    },
+}
+"""Sizes by name, in the fields of `ModelConfig`."""
+
+
+def describe(config: ModelConfig) -> CwmConfig:
+    """The `transformers` config of a preset with its changes; nothing is allocated."""
+    if config.name not in PRESETS:
+        raise ValueError(
+            f"model.name={config.name!r} is no preset; one of {', '.join(PRESETS)}.{nearest(config.name, PRESETS)}"
+        )
+    size = PRESETS[config.name] | {k: v for k, v in asdict(config).items() if v is not None and k != "name"}
+    for name, of in (("heads", "hidden_size"), ("kv_heads", "heads")):
+        if size[of] % size[name]:
+            raise ValueError(f"model.{name}={size[name]} does not divide model.{of}={size[of]}; choose a divisor")
+    if (size["hidden_size"] // size["heads"]) % 2:
+        raise ValueError(
+            f"model.hidden_size={size['hidden_size']} over model.heads={size['heads']} gives an odd head size; "
+            "rotary positions need an even one"
+        )
+    big = config.name == "cwm-32b"
+    return CwmConfig(
+        vocab_size=size["vocab_size"],
+        hidden_size=size["hidden_size"],
+        num_hidden_layers=size["layers"],
+        num_attention_heads=size["heads"],
+        num_key_value_heads=size["kv_heads"],
+        head_dim=size["hidden_size"] // size["heads"],
+        intermediate_size=size["intermediate_size"],
+        max_position_embeddings=size["max_context"],
+        tie_word_embeddings=size["tie_embeddings"],
+        bos_token_id=size["bos_id"],
+        eos_token_id=size["eos_id"],
+        # CwmConfig's own defaults are the 32B model's: a window of 8192 in three layers of four, llama3 rope.
+        sliding_window=8192 if big else size["max_context"],
+        layer_types=None if big else ["full_attention"] * size["layers"],
+        rope_parameters=_rope(size["rope_theta"], big),
+    )
+
+
+def _rope(theta: float, big: bool) -> dict[str, Any]:
+    if not big:
+        return {"rope_type": "default", "rope_theta": theta}
+    factors = {"factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return {"rope_type": "llama3", "rope_theta": theta, "original_max_position_embeddings": 8192, **factors}
+
+
+def parameters(config: ModelConfig) -> int:
+    """How many parameters the model has, tied ones once; counted on the meta device, so any size is fine."""
+    with torch.device("meta"):
+        model = CwmForCausalLM(describe(config))
+    return sum(p.numel() for p in model.parameters())
+
+
+def build(config: ModelConfig, seed: int = 0) -> CwmForCausalLM:
+    """A model with random fp32 weights on the CPU; equal for equal `seed`. The global random state stays as it was."""
+    hf = describe(config)
+    count = parameters(config)
+    if count > MOST_PARAMETERS:
+        raise ValueError(
+            f"model.name={config.name!r} has {count / 1e9:.1f}e9 parameters, more than {MOST_PARAMETERS / 1e9:.0f}e9 "
+            "are not built with random weights; load a checkpoint on GPUs, or use cwm-tiny"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return CwmForCausalLM(hf).eval()
+
+
+def save(model: PreTrainedModel, directory: Path | str) -> None:
+    """Write config.json and model.safetensors, as `transformers` reads them."""
+    model.save_pretrained(directory)
+
+
+def load(directory: Path | str) -> PreTrainedModel:
+    """Read a causal LM in Hugging Face format from a local directory, as fp32 on the CPU. All names must fit."""
+    path = Path(directory)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"checkpoint {path}: no config.json there; give a directory that `policy.models.save` wrote")
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"checkpoint {path}: no model*.safetensors there; save the model again, as safetensors")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        weights = {name: value.float() for file in files for name, value in load_file(file).items()}
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        if config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        load_into(model, weights)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"checkpoint {path} can't be read: {cause[:300]}; copy or save it again") from error
+    return model

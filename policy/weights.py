@@ -1,0 +1,75 @@
+"""Weights on their way from the learner to an engine: named fp32 arrays, compared before they are copied.
+
+Names are those of `named_parameters()`, so a tied matrix travels once. Nothing here moves bytes between processes:
+Ray's object store (or a plain reference, for threads) carries what `state_of` returns to `TorchEngine.publish`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+Weights = Mapping[str, "np.ndarray[Any, Any] | torch.Tensor"]
+
+
+def state_of(model: torch.nn.Module) -> dict[str, np.ndarray[Any, Any]]:
+    """Copies of all parameters as fp32 arrays on the CPU, tied ones once.
+
+    Parameters sharded by FSDP2 are gathered: a collective, so every rank has to call it.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        state[name] = whole.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
+    return state
+
+
+def checksum(weights: Weights) -> str:
+    """SHA-256 over names, shapes and fp32 bytes, in the order of the names: equal for an engine and its learner."""
+    total = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name]
+        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
+        array = np.ascontiguousarray(array, dtype="<f4")
+        total.update(f"{name}{array.shape}".encode())
+        total.update(array.data)
+    return total.hexdigest()
+
+
+def check_fit(weights: Weights, shapes: Mapping[str, torch.Size], whose: str) -> None:
+    """Raise a ValueError of one line unless `weights` has exactly the names and shapes of `whose` model, all finite."""
+    missing, unknown = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
+    if missing or unknown:
+        both = (("names missing", missing), ("unknown names", unknown))
+        lists = [f"{len(names)} {what} (first {names[0]!r})" for what, names in both if names]
+        raise ValueError(f"{whose}: weights with {' and '.join(lists)}; take them from a model of the same config")
+    for name, shape in shapes.items():
+        value = weights[name]
+        if tuple(value.shape) != tuple(shape):
+            raise ValueError(
+                f"{whose}: {name!r} has shape {tuple(value.shape)}, {tuple(shape)} is needed; "
+                "take the weights from a model of the same config"
+            )
+        finite = torch.isfinite(value) if isinstance(value, torch.Tensor) else np.isfinite(value)
+        if not bool(finite.all()):
+            raise ValueError(f"{whose}: {name!r} holds NaN or infinity; the learner diverged, go back to a checkpoint")
+
+
+def as_tensor(value: np.ndarray[Any, Any] | torch.Tensor) -> torch.Tensor:
+    """A tensor over `value`'s memory; a read-only array, as Ray hands out, is copied first: torch can't hold it."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    return torch.from_numpy(value if value.flags.writeable else value.copy())
+
+
+def load_into(model: torch.nn.Module, weights: Weights) -> None:
+    """Copy `weights` into the model's parameters in place; names and shapes must fit exactly."""
+    parameters = dict(model.named_parameters())
+    check_fit(weights, {name: p.shape for name, p in parameters.items()}, type(model).__name__)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(as_tensor(weights[name]))

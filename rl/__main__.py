@@ -1,0 +1,50 @@
+"""`python -m rl sft`: fine-tune on trajectories: the committed warm start, or a run's own resolved episodes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from envs.errors import user_errors
+
+EXAMPLE = """
+examples:
+  python -m rl sft --out policy/cwm_tiny                     rebuild the committed warm start (seed 0)
+  python -m rl sft --from runs/tiny --out runs/tiny/sft      rejection sampling: the run's resolved trajectories
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser("python -m rl", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    sft = commands.add_parser("sft", help="supervised fine-tuning", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sft.add_argument("--out", type=Path, required=True, help="model directory to write")
+    sft.add_argument("--from", dest="run", type=Path, help="a run directory whose resolved trajectories are imitated")
+    sft.add_argument("--model", type=Path, default=Path("policy/cwm_tiny"), help="where --from starts (default: %(default)s)")
+    sft.add_argument("--episodes", type=int, default=12000, help="expert episodes of a warm start (default: %(default)s)")
+    sft.add_argument("--epochs", type=float, default=3.0, help="passes over the data (default: %(default)s)")
+    sft.add_argument("--seed", type=int, default=0, help="seed of experts, weights and order (default: %(default)s)")
+    sft.add_argument("--backend", default="auto", help="sandbox backend of the experts (default: %(default)s)")
+    sft.add_argument("--work", type=Path, default=Path("runs/sft"), help="where expert episodes are collected (default: %(default)s)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    args = parser().parse_args(argv)
+    from rl.sft import WarmStart, imitate, warm_start
+
+    if args.run:
+        facts = imitate(args.run, args.model, args.out, WarmStart(epochs=args.epochs, seed=args.seed), args.work)
+    else:
+        config = WarmStart(episodes=args.episodes, epochs=args.epochs, seed=args.seed)
+        facts = warm_start(config, args.out, args.work, args.backend)
+    print(json.dumps(facts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(user_errors(main))

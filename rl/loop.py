@@ -1,0 +1,285 @@
+"""The loop. Four stages that never wait for one another except where a bound says so::
+
+              orders               trajectories             groups                rows
+      feed ───────────► roll out ───────────────► batch ───────────────► learn ───────────► publish
+       ▲                                                                                       │
+       └────────────────────────────── version + 1 ◄───────────────────────────────────────────┘
+
+    stage      consumes        produces        waits for                                unblocked by
+    feed       task indices    orders          a free episode slot; the staleness       an episode's end;
+                                               bound (`Admission.may_start`)            a publish
+    roll out   orders          trajectories    the engine, the sandbox (`worker.py`)    their answers
+    batch      trajectories    groups, rows    G trajectories of a group;               an episode's end
+                                               `groups_per_step` finished groups
+    learn      rows            weights         one batch; the parity check of the       the batch; the engine's scores
+                                               last publish
+
+One thread runs this file and never blocks on a part: every call of a part is a future whose end is an event in `inbox`.
+Weights are swapped in the engine between decode steps while episodes go on; an evaluation is just more orders.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import zlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from agents.trajectory import Group, Trajectory
+from envs.errors import InfraError
+from rl.admission import Admission
+from rl.batch import BatchReport, rows_of
+from rl.config import Config
+from rl.parts import Parts
+from rl.record import Record
+from rl.worker import Order
+
+PARITY = 1e-4
+"""Largest allowed difference of engine and learner log-probs after a publish, nats, fp32."""
+
+
+@dataclass
+class _Open:
+    """A group that is being played."""
+
+    group: Group
+    missing: int
+    version: int
+    """Version of the engine when it was issued."""
+
+
+@dataclass
+class _Evaluation:
+    """One evaluation of one split."""
+
+    step: int
+    split: str
+    missing: int
+    done: list[Trajectory] = field(default_factory=list)
+
+
+class Loop:
+    """One run, from its first order to its last checkpoint."""
+
+    def __init__(self, config: Config, parts: Parts, record: Record) -> None:
+        from rl.advantages import algorithm
+
+        self.config, self.parts, self.record = config, parts, record
+        self.algorithm = algorithm(config.learn.algorithm, **config.learn.overrides)
+        self.admission = Admission(
+            groups_per_batch=config.learn.groups_per_step,
+            max_in_flight=config.rollout.in_flight,
+            max_staleness=config.learn.max_staleness,
+            policy=config.learn.stale,
+        )
+        self.step = self.version = self.next_task = 0
+        self.inbox: queue.SimpleQueue[tuple[Callable[..., None], Any, Future[Any]]] = queue.SimpleQueue()
+        self.orders: deque[Order] = deque()
+        self.open: dict[str, _Open] = {}
+        self.ready: list[Group] = []
+        self.reissue: deque[tuple[str, int]] = deque()
+        self.evaluations: dict[str, _Evaluation] = {}
+        self.in_flight = self.infra = self.dropped = 0
+        self.training = 0  # groups of the batch in the learner
+        self.load = [0] * len(parts.workers)
+        self.learning = self.stopping = False
+        self.evaluated: set[int] = set()
+        self.probes: list[list[int]] = []
+        self.shuffle = random.Random(config.seed) if config.learn.control == "shuffle" else None
+
+    def resume(self, step: int) -> None:
+        """Go on after `step`: finished groups are used, unfinished ones are played again under their old names."""
+        journal = self.record.journal
+        self.step = self.version = step
+        journal.resume(step)
+        self.ready = [journal.load(e.id) for e in journal.entries("done")]
+        self.reissue = deque((e.id, e.task_index) for e in journal.entries("pending"))
+        self.next_task = max(0, journal.next_index() - self.config.env.first_task)
+        self.evaluated = self.record.evaluated()
+
+    def run(self) -> None:
+        """Train to `config.steps`. Raises what a part or the parity check raised; `record` can be resumed from."""
+        self.evaluate()
+        while self.step < self.config.steps or self.learning or self.evaluations:
+            self.feed()
+            self.learn()
+            try:
+                handler, context, future = self.inbox.get(timeout=1.0)
+            except queue.Empty:
+                self.record.view(self)
+                continue
+            handler(context, future)
+        self.record.checkpoint(self)
+
+    # ------------------------------------------------------------------ feed and roll out
+
+    def feed(self) -> None:
+        """Fill the free episode slots: waiting orders first (retries, evaluation, open groups), then new groups."""
+        while self.in_flight < self.config.rollout.in_flight:
+            if not self.orders and not self._open_group():
+                return
+            self._send(self.orders.popleft())
+
+    def _open_group(self) -> bool:
+        """Issue a new group if training needs one and the staleness bound allows it."""
+        issued = len(self.open) + len(self.ready)
+        needed = (self.config.steps - self.step) * self.config.learn.groups_per_step - self.training
+        outstanding = issued + self.training
+        if issued >= needed or not self.admission.may_start(self.version, self.in_flight, outstanding, self.step):
+            return False
+        if self.reissue:
+            self.issue(*self.reissue.popleft())
+            return True
+        index, self.next_task = self.config.env.first_task + self.next_task, self.next_task + 1
+        self.record.journal.issue(f"g{index}", index, f"{self.config.env.split}/{index}")
+        self.issue(f"g{index}", index)
+        return True
+
+    def issue(self, name: str, index: int) -> None:
+        """Note the start of a group in the journal and queue its orders."""
+        self.record.journal.start(name, self.version)
+        size = self.config.rollout.group_size
+        self.open[name] = _Open(Group(name, str(index)), size, self.version)
+        self._queue(name, self.config.env.split, index, size, self.config.policy.temperature)
+
+    def _queue(self, group: str, split: str, index: int, size: int, temperature: float) -> None:
+        for sample in range(size):
+            seed = zlib.crc32(f"{self.config.seed}/{group}/{index}/{sample}".encode()) & 0x7FFFFFFF
+            self.orders.append(
+                Order(group=group, split=split, index=index, sample=sample, temperature=temperature, seed=seed)
+            )
+
+    def _send(self, order: Order) -> None:
+        at = min(range(len(self.load)), key=self.load.__getitem__)
+        worker = self.parts.workers[at]
+        self.load[at] += 1
+        self.in_flight += 1
+        self._after(worker.call("play", order), self.played, (order, at, worker))
+
+    def _after(self, future: Future[Any], handler: Callable[..., None], context: Any = None) -> None:
+        future.add_done_callback(lambda done: self.inbox.put((handler, context, done)))
+
+    # ------------------------------------------------------------------ batch
+
+    def played(self, context: tuple[Order, int, Any], future: Future[Trajectory]) -> None:
+        """An episode ended: retry it if the infrastructure failed, else put it where it belongs."""
+        order, at, worker = context
+        self.load[at] -= 1
+        self.in_flight -= 1
+        try:
+            trajectory = future.result()
+        except InfraError as error:
+            trajectory = Trajectory(task_id=str(order.index), sample=order.sample, info={"why": str(error)})
+            self.parts.replace(at, worker)
+        if trajectory.reward is None:
+            self.infra += 1
+            if order.attempt < self.config.rollout.retries:
+                self.orders.appendleft(replace(order, attempt=order.attempt + 1))
+                return
+        if order.group in self.evaluations:
+            self._evaluated(order.group, trajectory)
+            return
+        opened = self.open[order.group]
+        opened.group.trajectories.append(trajectory)
+        opened.missing -= 1
+        if opened.missing == 0:
+            self._finish_group(order.group)
+
+    def _finish_group(self, name: str) -> None:
+        group = self.open.pop(name).group
+        group.trajectories.sort(key=lambda t: t.sample)
+        group.task_id = group.trajectories[0].task_id
+        if sum(t.trainable for t in group.trajectories) < 2:
+            self._drop(group, "infra")
+            return
+        self.record.journal.finish(group)
+        self.ready.append(group)
+
+    def _drop(self, group: Group, reason: str) -> None:
+        self.dropped += 1
+        self.record.journal.drop(group.id, reason)
+
+    # ------------------------------------------------------------------ learn and publish
+
+    def learn(self) -> None:
+        """Hand the learner a batch, if it is idle, the last publish is proven, and enough groups are ready."""
+        if self.learning or self.step >= self.config.steps:
+            return
+        for group in [g for g in self.ready if self.admission.accept(g.oldest_version, self.version) != "train"]:
+            self.ready.remove(group)
+            self._drop(group, "stale")
+        ready = {g.id: g.oldest_version for g in self.ready}
+        chosen = self.admission.select(ready, {name: o.version for name, o in self.open.items()}, self.version)
+        if not chosen:
+            return
+        groups = [g for g in self.ready if g.id in chosen]
+        self.ready = [g for g in self.ready if g.id not in chosen]
+        rows, report = rows_of(
+            groups, self.algorithm, self.version, vocabulary=self.record.vocabulary, shuffled=self.shuffle
+        )
+        self.probes = self.probes or [t.segments[0].token_ids for g in groups[:4] for t in g.trajectories[:1]]
+        self.learning, self.training = True, len(groups)
+        learner = self.parts.learner
+        self._after(learner.call("step", rows), self.trained, (groups, report))
+        weights, scores = learner.call("weights"), learner.call("score", self.probes)
+        self._after(weights, self.publish, scores)
+
+    def trained(self, context: tuple[list[Group], BatchReport], future: Future[dict[str, Any]]) -> None:
+        """The learner took the batch: the journal says so before anything else does."""
+        groups, report = context
+        step = future.result()
+        self.step, self.training = self.step + 1, 0
+        self.record.journal.train([group.id for group in groups], self.step)
+        self.record.step(self, groups, report, step)
+
+    def publish(self, scores: Future[list[list[float]]], future: Future[tuple[int, Any]]) -> None:
+        """Swap the new weights into the engine while it samples."""
+        version, weights = future.result()
+        self._after(self.parts.engine.call("publish", version, weights), self.published, (version, scores))
+
+    def published(self, context: tuple[int, Future[list[list[float]]]], future: Future[int]) -> None:
+        """The engine samples from the new weights: let it score the probes."""
+        version, scores = context
+        self.version = future.result()
+        self._after(self.parts.engine.call("score", self.probes), self.compare, (version, scores))
+
+    def compare(self, context: tuple[int, Future[list[list[float]]]], future: Future[list[list[float]]]) -> None:
+        """Engine and learner must agree on the probes, or the run stops: nothing after this could be trusted."""
+        version, scores = context
+        pairs = zip(future.result(), scores.result(), strict=True)
+        parity = max(abs(a - b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True))
+        if not parity <= PARITY:
+            raise InfraError(
+                f"engine and learner differ by {parity:.2e} nats under version {version} (allowed {PARITY}); resume from the last checkpoint"
+            )
+        self.learning = False
+        self.record.parity(self, parity)
+        done = self.step == self.config.steps
+        if done or (self.config.eval.every and self.step % self.config.eval.every == 0):
+            self.evaluate()
+        if not done and self.step % self.config.checkpoint_every == 0:
+            self.record.checkpoint(self)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluate(self) -> None:
+        """Queue one episode of each held-out task; training goes on meanwhile."""
+        if not self.config.eval.every or self.step in self.evaluated:
+            return
+        self.evaluated.add(self.step)
+        for split in self.config.eval.splits:
+            name = f"eval/{split}/{self.step}"
+            self.evaluations[name] = _Evaluation(self.step, split, self.config.eval.tasks)
+            for index in range(self.config.eval.tasks):
+                self._queue(name, split, index, 1, self.config.eval.temperature)
+
+    def _evaluated(self, name: str, trajectory: Trajectory) -> None:
+        evaluation = self.evaluations[name]
+        evaluation.done.append(trajectory)
+        evaluation.missing -= 1
+        if evaluation.missing == 0:
+            self.record.evaluation(self.evaluations.pop(name))

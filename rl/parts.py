@@ -1,0 +1,176 @@
+"""The parts of a run (engine, learner, rollout workers), built from its config and started by `spawn`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rl.config import Config
+from rl.spawn import Handle, spawn
+from rl.worker import RolloutWorker
+
+
+def engine_part(config: Config) -> Any:
+    """The torch engine on the recipe's model; its slots are the episodes in flight."""
+    from policy import models
+    from policy.torch_engine import EngineConfig, TorchEngine
+
+    settings = EngineConfig(
+        slots=config.rollout.in_flight,
+        max_context=config.policy.max_context,
+        threads=config.policy.threads,
+        seed=config.seed,
+        deadline_s=config.rollout.deadline if config.rollout.spawn == "ray" else 1e9,
+    )
+    return TorchEngine(models.load(config.model), settings)
+
+
+class EnginePart:
+    """`TorchEngine` as a part: made where it runs, from the config alone."""
+
+    def __init__(self, config: Config) -> None:
+        self.engine = engine_part(config)
+        self.recompute = config.policy.recompute
+
+    def generate(self, *args: Any) -> Any:
+        """See `TorchEngine.generate`."""
+        return self.engine.generate(*args)
+
+    def release(self, episode: str) -> None:
+        """See `TorchEngine.release`."""
+        self.engine.release(episode)
+
+    def publish(self, version: int, weights: Any) -> int:
+        """Swap the weights between two decode steps; returns the version."""
+        self.engine.publish(version, weights, self.recompute)
+        return version
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See `TorchEngine.score`."""
+        scores: list[list[float]] = self.engine.score(sequences)
+        return scores
+
+    def stats(self) -> dict[str, float]:
+        """See `TorchEngine.stats`."""
+        stats: dict[str, float] = self.engine.stats()
+        return stats
+
+    def close(self) -> None:
+        """End the engine's thread."""
+        self.engine.close()
+
+
+class LearnerPart:
+    """`Learner` as a part, with a ledger of what it does."""
+
+    def __init__(self, config: Config) -> None:
+        from rl.learner import Learner, LearnerConfig
+        from rl.ledger import Ledger
+
+        learn = config.learn
+        settings = LearnerConfig(
+            algorithm=learn.algorithm,
+            overrides=dict(learn.overrides),
+            lr=learn.lr,
+            warmup_steps=learn.warmup_steps,
+            weight_decay=learn.weight_decay,
+            grad_clip=learn.grad_clip,
+            minibatches=learn.minibatches,
+            context=config.policy.max_context,
+            max_tokens=learn.max_tokens,
+            threads=learn.threads,
+            seed=config.seed,
+        )
+        self.learner = Learner(settings, config.model)
+        self.ledger = Ledger(["idle", "train", "publish", "checkpoint"])
+
+    def step(self, rows: Any) -> dict[str, Any]:
+        """Train on rows; the report as plain values."""
+        with self.ledger.spend("train"):
+            return asdict(self.learner.step(rows))
+
+    def weights(self) -> tuple[int, dict[str, Any]]:
+        """Version and weights."""
+        with self.ledger.spend("publish"):
+            return self.learner.version, self.learner.weights()
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """See `Learner.score`."""
+        with self.ledger.spend("publish"):
+            return self.learner.score(sequences)
+
+    def save(self, directory: str) -> None:
+        """Whole state into an empty directory."""
+        with self.ledger.spend("checkpoint"):
+            self.learner.save(Path(directory))
+
+    def load(self, directory: str) -> int:
+        """The inverse of `save`; returns the version."""
+        self.learner.load(Path(directory))
+        return self.learner.version
+
+    def export(self, directory: str) -> None:
+        """The model in the form that `policy.models.load` reads."""
+        self.learner.export(Path(directory))
+
+    def stats(self) -> dict[str, float]:
+        """Seconds per label; they sum to the wall clock."""
+        return self.ledger.snapshot()
+
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
+
+class Parts:
+    """The started parts. A worker that died is started again; an engine or learner that died ends the run."""
+
+    def __init__(self, config: Config, deadline: float = 180.0) -> None:
+        """Start everything; `ValueError` of a part's constructor (a bad model, a bad env) passes through."""
+        self.config, mode, episodes = config, config.rollout.spawn, config.rollout.in_flight
+        self.engine: Handle = spawn(EnginePart, config, mode=mode, name="engine", concurrency=episodes + 8)
+        self.learner: Handle = spawn(LearnerPart, config, mode=mode, name="learner")
+        self.workers: list[Handle] = [self._worker(i) for i in range(config.rollout.workers)]
+        wait = [part.call("stats") for part in (self.engine, self.learner, *self.workers)]
+        limit = time.monotonic() + deadline
+        for future in wait:
+            future.result(max(1.0, limit - time.monotonic()))
+
+    def _worker(self, index: int) -> Handle:
+        episodes = self.config.rollout.in_flight // self.config.rollout.workers
+        return spawn(
+            RolloutWorker,
+            self.config,
+            self.engine,
+            mode=self.config.rollout.spawn,
+            name=f"worker-{index}",
+            concurrency=episodes + 2,
+        )
+
+    def replace(self, index: int, dead: Handle) -> None:
+        """Start worker `index` again, unless that was done since `dead` was in its place."""
+        if self.workers[index] is dead:
+            self.workers[index] = self._worker(index)
+
+    def stats(self, timeout: float = 60.0) -> dict[str, Any]:
+        """Statistics by part: "engine", "learner" and a list "workers"; a part that can't answer is left out."""
+        asked: dict[str, Future[Any]] = {"engine": self.engine.call("stats"), "learner": self.learner.call("stats")}
+        asked |= {f"worker-{i}": w.call("stats") for i, w in enumerate(self.workers)}
+        found = {}
+        for name, future in asked.items():
+            try:
+                found[name] = future.result(timeout)
+            except Exception:  # a dead worker is noticed where its episodes are lost
+                continue
+        return found
+
+    def stop(self) -> None:
+        """End every part; never raises."""
+        for part in (*self.workers, self.learner, self.engine):
+            try:
+                part.stop()
+            except Exception:
+                continue

@@ -1,0 +1,144 @@
+"""One way to start a part of the loop: as a Ray actor, or as an object whose calls run on threads of this process.
+
+    engine = spawn(TorchEngine, …, mode="ray", concurrency=64)
+    engine.call("publish", 3, weights)        → concurrent.futures.Future
+    engine.ask("generate", ids, sampling, episode, timeout=60)   → the answer
+
+The parts are plain classes that know nothing of this. A part that died, or whose answer is late, is `InfraError`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any, Literal, Protocol
+
+from envs.errors import InfraError
+from rl.config import ROOT
+
+Mode = Literal["ray", "threads"]
+
+
+class Handle(Protocol):
+    """A part of the loop, wherever it runs. Handles of Ray actors may be given to other actors."""
+
+    name: str
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        """Start a method call; the future holds its answer, its exception, or `InfraError` if the part died."""
+
+    def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
+        """Call and wait."""
+
+    def stop(self) -> None:
+        """End the part; running calls are lost."""
+
+
+class ThreadHandle:
+    """Calls run on `concurrency` threads of this process."""
+
+    def __init__(self, name: str, make: Callable[[], Any], concurrency: int) -> None:
+        self.name, self.part = name, make()
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix=name)
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        """See `Handle.call`."""
+        return self._pool.submit(getattr(self.part, method), *args)
+
+    def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
+        """On the caller's own thread, so that a debugger sees one stack from the env to the engine."""
+        return getattr(self.part, method)(*args)
+
+    def stop(self) -> None:
+        """Close the part if it can be closed, then the threads."""
+        close = getattr(self.part, "close", None)
+        if close is not None:
+            close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class RayHandle:
+    """Calls run in an actor process."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name, self.actor = name, actor
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        """See `Handle.call`."""
+        answer: Future[Any] = Future()
+
+        def done(inner: Future[Any]) -> None:
+            try:
+                answer.set_result(inner.result())
+            except BaseException as error:
+                answer.set_exception(_translate(self.name, error))
+
+        getattr(self.actor, method).remote(*args).future().add_done_callback(done)
+        return answer
+
+    def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
+        """See `Handle.ask`."""
+        import ray
+
+        try:
+            return ray.get(getattr(self.actor, method).remote(*args), timeout=timeout)
+        except Exception as error:
+            raise _translate(self.name, error) from None
+
+    def stop(self) -> None:
+        """Ask the part to close, then kill its process."""
+        import ray
+
+        try:
+            ray.get(self.actor.close.remote(), timeout=10)
+        except Exception:  # a dead or deaf part is killed all the same
+            pass
+        ray.kill(self.actor)
+
+
+def _translate(name: str, error: BaseException) -> BaseException:
+    """Ray's wrappers → the exception that the part raised, or `InfraError` where the part itself is gone or late."""
+    import ray.exceptions as rx
+
+    if isinstance(error, rx.RayTaskError):
+        return error.cause if isinstance(error.cause, InfraError | ValueError | AssertionError) else error
+    if isinstance(error, rx.RayActorError | rx.GetTimeoutError | FutureTimeout):
+        return InfraError(f"{name} is gone or late: {type(error).__name__}")
+    return error
+
+
+def start(mode: Mode, cpus: int | None = None) -> None:
+    """Bring the substrate up: a local Ray with the repository on its workers' path, or nothing for threads."""
+    if mode == "threads":
+        return
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    ray.init(
+        num_cpus=cpus,
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=True,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}},
+    )
+
+
+def spawn(cls: type[Any], *args: Any, mode: Mode, name: str, concurrency: int = 1) -> Handle:
+    """Start `cls(*args)`; `concurrency` calls run in it at once."""
+    if mode == "threads":
+        return ThreadHandle(name, lambda: cls(*args), concurrency)
+    import ray
+
+    actor = ray.remote(cls).options(max_concurrency=concurrency, num_cpus=0, name=None).remote(*args)
+    return RayHandle(name, actor)
+
+
+def stop(mode: Mode) -> None:
+    """Take the substrate down."""
+    if mode == "ray":
+        import ray
+
+        ray.shutdown()

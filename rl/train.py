@@ -1,0 +1,145 @@
+"""`python rl/train.py RECIPE [--section.key=value …]`: train a policy, and resume it.
+
+The whole run on one page: read the recipe, take the run directory, start the parts, loop, summarise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if not __package__:  # run as a script: import from the repository root, not from rl/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from envs.errors import InfraError, user_errors
+from rl.config import Config, dump, load
+
+if TYPE_CHECKING:
+    from rl.loop import Loop
+    from rl.parts import Parts
+    from rl.record import Record
+
+EXAMPLE = """
+examples:
+  python rl/train.py rl/recipes/tiny.toml
+  python rl/train.py rl/recipes/tiny.toml --name=mine --steps=2 --learn.algorithm=grpo
+  python rl/train.py rl/recipes/tiny.toml --resume              after Ctrl-C, or a crash
+  python rl/train.py rl/recipes/tiny.toml --spawn threads --workers 1   one episode at a time, breakpoint() works
+Every field of a recipe can be set as --section.key=value; `rl/config.py` documents each. Exit status: 0 trained,
+1 stopped by a failure (resume it), 2 can't be run as asked, 130 Ctrl-C.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        "python rl/train.py",
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("recipe", help="a TOML file, e.g. rl/recipes/tiny.toml")
+    p.add_argument("--resume", action="store_true", help="go on from the run directory's newest checkpoint")
+    p.add_argument(
+        "--spawn", choices=["ray", "threads"], help="Ray actors (the recipe's default), or threads of this process"
+    )
+    p.add_argument(
+        "--workers", type=int, help="rollout workers; under --spawn threads each plays one episode at a time"
+    )
+    p.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    return p
+
+
+def configure(argv: list[str]) -> tuple[Config, argparse.Namespace]:
+    """The run's config from the command line. `ValueError` for whatever is wrong with it, before anything starts."""
+    args, rest = parser().parse_known_args(argv)
+    overrides = []
+    for item in rest:
+        if not item.startswith("--") or "=" not in item:
+            raise ValueError(
+                f"argument {item!r} is not understood; fields of the recipe are set as --section.key=value"
+            )
+        overrides.append(item[2:])
+    overrides += [f"rollout.spawn={args.spawn}"] if args.spawn else []
+    overrides += [f"rollout.workers={args.workers}"] if args.workers else []
+    return load(args.recipe, overrides), args
+
+
+def check(config: Config) -> None:
+    """Fail in one line, before any process starts, for what can be known here: env, backend, model, algorithm."""
+    from envs.registration import make
+    from policy.renderer import Renderer
+    from rl.advantages import algorithm
+
+    algorithm(config.learn.algorithm, **config.learn.overrides)
+    Renderer(config.model)
+    env = make(config.env.id, **config.env.kwargs)
+    try:
+        backend = getattr(env, "backend", None)
+        if backend is not None:
+            print(f"sandboxes: {backend.name}", flush=True)
+    finally:
+        env.close()
+
+
+def train(config: Config, *, resume: bool = False) -> str:
+    """One run, start to end; returns its summary. What it had finished survives any failure (`--resume`)."""
+    from rl import spawn
+    from rl.loop import Loop
+    from rl.parts import Parts
+    from rl.record import Record
+
+    record = Record(config, resume=resume)
+    parts = None
+    try:
+        spawn.start(config.rollout.spawn)
+        parts = record.parts = Parts(config)
+        loop = Loop(config, parts, record)
+        if resume:
+            restore(loop, parts, record)
+        try:
+            loop.run()
+        except KeyboardInterrupt:
+            if not loop.learning:
+                record.checkpoint(loop)
+            print(f"stopped at step {loop.step}; go on with --resume", flush=True)
+            raise
+        return record.finish(loop)
+    finally:
+        if parts is not None:
+            parts.stop()
+        spawn.stop(config.rollout.spawn)
+        record.close()
+
+
+def restore(loop: Loop, parts: Parts, record: Record) -> None:
+    """Bring learner, engine and journal to the surviving checkpoint."""
+    if record.surviving is not None:
+        parts.learner.ask("load", str(record.surviving), timeout=300)
+        version, weights = parts.learner.ask("weights", timeout=300)
+        parts.engine.ask("publish", version, weights, timeout=300)
+    loop.resume(record.surviving_step)
+    print(f"resumed at step {record.surviving_step}: {record.journal.counts()}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    config, args = configure(sys.argv[1:] if argv is None else argv)
+    if args.dry_run:
+        print(dump(config), end="")
+        return 0
+    check(config)
+    print(f"run directory: {config.directory}", flush=True)
+    try:
+        print(train(config, resume=args.resume), flush=True)
+    except InfraError as error:
+        print(f"error: the run stopped: {error}; go on with --resume", file=sys.stderr)
+        return 1
+    print(f"report: {config.directory / 'report.html'}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(user_errors(main))

@@ -1,0 +1,74 @@
+"""tiny-repairs: tasks are functions of (split, index), disjoint by normalised source, sound, and many."""
+
+import pytest
+from envs.tiny import repairs
+from envs.tiny.experts import Expert, Noise
+from envs.tiny.templates import HELD_OUT, TRAIN
+
+N = 600
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return {split: [repairs.task(split, i) for i in range(N)] for split in repairs.SPLITS}
+
+
+def test_the_same_index_is_the_same_task():
+    assert repairs.task("train", 5).digest == repairs.task("train", 5).digest
+    assert repairs.task("train", 5).digest != repairs.task("train", 6).digest
+
+
+def test_splits_are_disjoint_by_normalised_source(sets):
+    seen = {s: {t.provenance["normalised"] for t in tasks} for s, tasks in sets.items()}
+    assert not seen["train"] & seen["validation"]
+    assert not seen["train"] & seen["templates"]
+    assert not seen["validation"] & seen["templates"]
+    # The split is a function of the source, so the sets are disjoint at any size, not only at this one.
+    for task in sets["validation"]:
+        module = task.files(task.setup)[task.provenance["module"]].decode()
+        start = next(f for f in module.split("\n\n\n") if task.provenance["line"] in f)
+        assert repairs.split_of(start) == "validation"
+
+
+def test_held_out_templates_occur_nowhere_else(sets):
+    assert {t.provenance["template"] for t in sets["templates"]} == set(HELD_OUT)
+    assert {t.provenance["template"] for t in sets["train"] + sets["validation"]} == set(TRAIN)
+
+
+def test_there_are_thousands_of_distinct_tasks():
+    assert len({repairs.task("train", i).provenance["normalised"] for i in range(3000)}) > 2000
+
+
+def test_normalised_forgets_names_and_docstrings_only():
+    a = 'def f(a, b):\n    """x"""\n    out = a + 2\n    return out * b\n'
+    b = "def g(m, w):\n    out = m + 2\n    return out * w\n"
+    c = "def g(m, w):\n    out = w + 2\n    return out * m\n"
+    assert repairs.normalised(a) == repairs.normalised(b) != repairs.normalised(c)
+
+
+def test_what_is_hidden_is_not_in_the_repository(sets):
+    for task in sets["train"][:50]:
+        assert not set(task.setup) & set(task.grader.hidden)
+        visible = b"".join(task.files(task.setup).values())
+        assert task.provenance["fix"] != task.provenance["line"]
+        for data in task.files(task.grader.hidden).values():
+            assert data not in visible
+
+
+def test_the_expert_without_noise_makes_the_gold_change(sets):
+    import random
+
+    perfect = Noise(right=1.0, miss=0.0, skip=0.0, detour=0.0, test=0.0)
+    for task in sets["validation"][:100]:
+        expert = Expert(task, random.Random(0), perfect)
+        assert expert("") == f"<tool: bash>\ncat {task.provenance['module']}\n</tool>"
+        action = expert(task.files(task.setup)[task.provenance["module"]].decode())
+        assert f"    {task.provenance['fix'].strip()}" in action
+        assert expert("Edited") == "<tool: submit>\n</tool>"
+
+
+def test_unknown_split_and_runner_are_one_line():
+    with pytest.raises(ValueError, match="unknown split 'test'"):
+        repairs.task("test", 0)
+    with pytest.raises(ValueError, match="unknown runner"):
+        repairs.task("train", 0, runner="nose")

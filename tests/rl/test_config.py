@@ -1,0 +1,54 @@
+"""Recipes: every committed one loads, its resolved form is the same run, and mistakes are one line with a remedy."""
+
+from pathlib import Path
+
+import pytest
+from rl.config import ROOT, dump, load
+
+RECIPES = sorted([*(ROOT / "rl" / "recipes").glob("*.toml"), *(ROOT / "examples").glob("*.toml")])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_committed_recipes_load_and_resolve(path, tmp_path):
+    config = load(path)
+    assert (config.model / "tokenizer.json").is_file()
+    again = tmp_path / "recipe.toml"
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
+def test_overrides():
+    config = load(RECIPES[-1], ["steps=3", "learn.lr=1e-5", "env.split=validation", 'eval.splits=["train"]', "env.kwargs.reward=cwm"])
+    assert (config.steps, config.learn.lr, config.env.split, config.eval.splits) == (3, 1e-5, "validation", ("train",))
+    assert config.env.kwargs["reward"] == "cwm"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("learn.learning_rate=1", r"unknown key 'learning_rate'; remove it"),
+        ("lern.lr=1", r"unknown key 'lern'.*Did you mean 'learn'"),
+        ("learn.lr=fast", r"learn: lr='fast' must be float, not str"),
+        ("steps=2.5", r"steps=2.5 must be int"),
+        ("rollout.spawn=process", r"spawn='process' is none of ray, threads"),
+        ("steps=0", r"steps is too small"),
+        ("name=a/b", r"name='a/b' is no directory name"),
+        ("steps", r"override 'steps' is not of the form"),
+        ("steps.x=1", r"'steps' is a value, not a section"),
+    ],
+)
+def test_mistakes_are_one_line(override, said):
+    with pytest.raises(ValueError, match=said) as error:
+        load(ROOT / "rl/recipes/tiny.toml", [override])
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_or_broken_recipe(tmp_path):
+    with pytest.raises(ValueError, match=r"no recipe at .*; committed ones are"):
+        load(tmp_path / "none.toml")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("steps = = 3")
+    with pytest.raises(ValueError, match="is not TOML"):
+        load(bad)
+
+

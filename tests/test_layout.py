@@ -1,0 +1,40 @@
+"""The house: packages resolve here, `docker/` holds no Python, no module takes a standard-library name."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("envs", "policy", "agents", "rl", "benchmarks")
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_resolve_inside_the_repository(name):
+    assert Path(importlib.import_module(name).__file__).is_relative_to(ROOT)
+
+
+def test_docker_holds_no_python():
+    assert not list((ROOT / "docker").rglob("*.py"))
+
+
+def test_no_module_is_named_like_the_standard_library():
+    taken = [p for name in PACKAGES for p in (ROOT / name).rglob("*.py") if p.stem in sys.stdlib_module_names]
+    assert not taken
+
+
+@pytest.mark.parametrize("module", ["envs", "agents.episode", "policy.renderer", "policy.scripted", "envs.swe.env"])
+def test_the_light_half_imports_nothing_heavy(module):
+    code = f"import {module}, sys; print([m for m in ('torch', 'ray', 'vllm', 'transformers', 'trl', 'docker') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", [["rl/train.py"], ["-m", "rl"], ["-m", "rl", "sft"], ["-m", "envs"], ["-m", "envs", "play"], ["-m", "benchmarks"]])
+def test_every_command_has_help_with_an_example(command, tmp_path):
+    where = ROOT if command[0] == "-m" else tmp_path  # a script runs from anywhere
+    first = command if command[0] == "-m" else [str(ROOT / command[0])]
+    done = subprocess.run([sys.executable, *first, "--help"], cwd=where, capture_output=True, text=True)
+    assert done.returncode == 0 and "example" in done.stdout
