@@ -20,9 +20,16 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser("python -m benchmarks", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        "python -m benchmarks",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = p.add_subparsers(dest="command", required=True)
-    systems = commands.add_parser("systems", help="measure a part of the system").add_subparsers(dest="name", required=True)
+    systems = commands.add_parser("systems", help="measure a part of the system").add_subparsers(
+        dest="name", required=True
+    )
     for name in SYSTEMS:
         module = import_module(f"benchmarks.systems.{name}")
         one = systems.add_parser(name, help=(module.__doc__ or "").split("\n")[0])
@@ -41,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     goals = [r["met"] for r in result["rows"] if r["goal"]]
     result["ok"] = all(goals)
     for r in result["rows"]:
-        shown = f"{r['ours']:g} {r['unit']}" + (f", {r['ratio']:g} x {r['peer_name']}" if r["ratio"] is not None else "")
+        shown = f"{r['ours']:g} {r['unit']}" + (
+            f", {r['ratio']:g} x {r['peer_name']}" if r["ratio"] is not None else ""
+        )
         verdict = "" if r["met"] is None else f"   goal {r['goal']}: {'met' if r['met'] else 'NOT MET'}"
         print(f"{r['what']:<60} {shown:>22}  n={r['n']} {r['spread'] or ''}{verdict}")
     if args.json:

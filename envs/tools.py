@@ -126,7 +126,8 @@ def edit(sandbox: Sandbox, body: str, *, context: int = 8) -> str:
 
 
 def create(sandbox: Sandbox, body: str) -> str:
-    """Create a file: the path on the first line, its content on the others. The file must not exist, its directory must."""
+    """Create a file: the path on the first line, its content on the others. The file must not exist; its
+    directory is made if need be."""
     path, _, content = body.partition("\n")
     path = path.strip()
     try:

@@ -1,6 +1,6 @@
 """A whole environment in 30 lines: open every file on a list; the reward is the share that was opened.
 
-    python rl/train.py examples/reading_list.toml
+python rl/train.py examples/reading_list.toml
 """
 
 import random

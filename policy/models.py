@@ -150,8 +150,10 @@ def build(config: ModelConfig, seed: int = 0) -> CwmForCausalLM:
 
 
 def save(model: PreTrainedModel, directory: Path | str) -> None:
-    """Write config.json and model.safetensors, as `transformers` reads them."""
+    """Write config.json and model.safetensors, as `transformers` reads them; readable by whom the umask allows."""
     model.save_pretrained(directory)
+    for path in Path(directory).glob("model*.safetensors"):
+        path.chmod((Path(directory) / "config.json").stat().st_mode)  # safetensors writes 0600
 
 
 def load(directory: Path | str) -> PreTrainedModel:

@@ -31,7 +31,8 @@ class ScriptedPolicy:
     """Answers each turn with what the script says, as tokens."""
 
     def __init__(self, renderer: Renderer, script: Script, version: int = 0) -> None:
-        self._renderer, self._script, self._version = renderer, script, version
+        self._renderer, self._script = renderer, script
+        self.version = version
         self._read: dict[str, int] = {}
 
     def generate(self, token_ids: Sequence[int], sampling: Sampling, episode: str) -> Completion:
@@ -45,7 +46,7 @@ class ScriptedPolicy:
         return Completion(
             token_ids=ids,
             logprobs=[0.0] * n,
-            versions=[self._version] * n,
+            versions=[self.version] * n,
             finish=finish,  # type: ignore[arg-type]
             prompt_digest=digest(token_ids),
         )

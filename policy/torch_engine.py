@@ -8,6 +8,7 @@ KV was lost is computed again, so exactness never depends on what was kept. It d
 
 from __future__ import annotations
 
+import atexit
 import math
 import threading
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
-from envs.errors import InfraError
+from envs.errors import InfraError, Unsupported
 from policy import weights as weights_of
 from policy.completion import Completion, Sampling, digest
 from policy.decoder import Decoder, Row, draw
@@ -30,7 +31,7 @@ T = TypeVar("T")
 Finish = Literal["stop", "length", "cancelled"]
 
 PASS = 512
-"""Prompt tokens of one pass on a CPU, which its second-level cache holds (512: 33 µs a token, 2048: 40 µs)."""
+"""Prompt tokens of one pass on a CPU: what its second-level cache holds; larger passes cost more per token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,9 @@ COUNTS = (
 class TorchEngine:
     """A `policy.completion.Policy` over a Cwm or Llama model of `transformers`; fp32.
 
+    Any number of blocked callers cost nothing, but a thread that computes in Python in the same process takes the
+    interpreter lock from every operation of a decode step: give the engine a process of its own where that matters.
+
     Example::
 
         with TorchEngine(models.build(ModelConfig()), EngineConfig(slots=8)) as engine:
@@ -95,6 +99,8 @@ class TorchEngine:
 
     def __init__(self, model: Any, config: EngineConfig | None = None, *, version: int = 0) -> None:
         self.config = config or EngineConfig()
+        if self.config.device != "cpu" and not torch.cuda.is_available():
+            raise Unsupported(f"engine.device={self.config.device!r}, but torch finds no CUDA device here; use cpu")
         self._decoder = Decoder(model, self.config.slots, self.config.max_context, self.config.device)
         self._version = version
         self._slots: Slots[_Request] = Slots(self.config.slots)
@@ -105,6 +111,8 @@ class TorchEngine:
         self._clock = Clock(("prefill", "decode", "swap", "score", "idle"), "idle")
         self._counts = dict.fromkeys(COUNTS, 0)
         self._thread = threading.Thread(target=self._loop, name="torch-engine", daemon=True)
+        # A thread inside torch while the interpreter shuts down would abort the process.
+        atexit.register(self.close)
         self._thread.start()
 
     # What callers use, from any thread.
@@ -190,7 +198,8 @@ class TorchEngine:
     def close(self) -> None:
         """End the thread; whoever still waits gets an InfraError. Safe to call twice."""
         self._inbox.close()
-        self._thread.join(self.config.deadline_s)
+        self._thread.join(min(self.config.deadline_s, 30.0))
+        atexit.unregister(self.close)
 
     def __enter__(self) -> TorchEngine:
         return self

@@ -18,17 +18,27 @@ examples:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser("python -m rl", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        "python -m rl", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = p.add_subparsers(dest="command", required=True)
-    sft = commands.add_parser("sft", help="supervised fine-tuning", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sft = commands.add_parser(
+        "sft", help="supervised fine-tuning", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     sft.add_argument("--out", type=Path, required=True, help="model directory to write")
     sft.add_argument("--from", dest="run", type=Path, help="a run directory whose resolved trajectories are imitated")
-    sft.add_argument("--model", type=Path, default=Path("policy/cwm_tiny"), help="where --from starts (default: %(default)s)")
-    sft.add_argument("--episodes", type=int, default=12000, help="expert episodes of a warm start (default: %(default)s)")
-    sft.add_argument("--epochs", type=float, default=3.0, help="passes over the data (default: %(default)s)")
+    sft.add_argument(
+        "--model", type=Path, default=Path("policy/cwm_tiny"), help="where --from starts (default: %(default)s)"
+    )
+    sft.add_argument(
+        "--episodes", type=int, default=4000, help="noisy expert episodes of a warm start (default: %(default)s)"
+    )
+    sft.add_argument("--epochs", type=float, default=1.0, help="passes over the data (default: %(default)s)")
     sft.add_argument("--seed", type=int, default=0, help="seed of experts, weights and order (default: %(default)s)")
     sft.add_argument("--backend", default="auto", help="sandbox backend of the experts (default: %(default)s)")
-    sft.add_argument("--work", type=Path, default=Path("runs/sft"), help="where expert episodes are collected (default: %(default)s)")
+    sft.add_argument(
+        "--work", type=Path, default=Path("runs/sft"), help="where expert episodes are collected (default: %(default)s)"
+    )
     return p
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from envs.errors import InfraError
 from rl.config import Config
 from rl.spawn import Handle, spawn
 from rl.worker import RolloutWorker
@@ -134,10 +135,15 @@ class Parts:
         self.engine: Handle = spawn(EnginePart, config, mode=mode, name="engine", concurrency=episodes + 8)
         self.learner: Handle = spawn(LearnerPart, config, mode=mode, name="learner")
         self.workers: list[Handle] = [self._worker(i) for i in range(config.rollout.workers)]
-        wait = [part.call("stats") for part in (self.engine, self.learner, *self.workers)]
+        wait = [(part, part.call("stats")) for part in (self.engine, self.learner, *self.workers)]
         limit = time.monotonic() + deadline
-        for future in wait:
-            future.result(max(1.0, limit - time.monotonic()))
+        for part, future in wait:
+            try:
+                future.result(max(1.0, limit - time.monotonic()))
+            except TimeoutError:
+                raise InfraError(
+                    f"{part.name} did not start within {deadline:g} seconds; look at the load of this machine"
+                ) from None
 
     def _worker(self, index: int) -> Handle:
         episodes = self.config.rollout.in_flight // self.config.rollout.workers

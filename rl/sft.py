@@ -23,7 +23,7 @@ from agents.trajectory import Trajectory
 from envs.swe.env import SWEEnv
 from envs.task import Task
 from envs.tiny import repairs
-from envs.tiny.experts import Expert, Noise
+from envs.tiny.experts import Expert, Noise, bash, edit
 from policy import models
 from policy.models import ModelConfig
 from policy.renderer import END, Renderer, train_tokenizer
@@ -36,11 +36,13 @@ Message = tuple[str, str]
 class WarmStart:
     """The recipe of a warm start; the defaults rebuild the committed one."""
 
-    episodes: int = 12000
-    """Expert episodes on tasks 0, 1, … of the train split."""
-    epochs: float = 3.0
-    """Passes over them."""
-    tokens_per_step: int = 6144
+    drills: int = 80_000
+    """Drills before the episodes: a module is read and its line repaired, without noise and without running anything."""
+    episodes: int = 4000
+    """Expert episodes, with their noise, on tasks 0, 1, … of the train split."""
+    epochs: float = 1.0
+    """Passes over the episodes; drills are seen once."""
+    tokens_per_step: int = 4096
     """Padded tokens of one optimiser step; trajectories of like length share one."""
     muon_lr: float = 0.02
     adam_lr: float = 4e-3
@@ -52,7 +54,7 @@ class WarmStart:
     seed: int = 0
     threads: int = 1
     noise: Noise = field(default_factory=Noise)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(hidden_size=96, intermediate_size=256))
 
 
 def play_expert(env: SWEEnv, task: Task, noise: Noise, seed: int) -> tuple[list[Message], float]:
@@ -67,6 +69,23 @@ def play_expert(env: SWEEnv, task: Task, noise: Noise, seed: int) -> tuple[list[
         if terminated or truncated:
             return messages, reward
         messages.append((f"tool: {info['tool']}", observation))
+
+
+DRILLS_FROM = 2_000_000
+"""Index of the first drill's task in the train split; reinforcement learning starts at 1,000,000."""
+
+
+def drill(task: Task) -> list[Message]:
+    """The two turns that carry the skill, as messages: read the module, repair the line."""
+    path, text = str(task.provenance["module"]), task.files(task.setup)[str(task.provenance["module"])].decode()
+    wrong, right = (x.split("\n") for x in (text, task.files(task.grader.gold)[path].decode()))
+    at = next(i for i, (a, b) in enumerate(zip(wrong, right, strict=True)) if a != b)
+    return [
+        ("user", path),
+        ("assistant", bash(f"cat {path}")),
+        ("tool: bash", text),
+        ("assistant", edit(path, wrong[at], right[at])),
+    ]
 
 
 def collect(config: WarmStart, path: Path, backend: str = "auto") -> float:
@@ -269,16 +288,21 @@ def warm_start(config: WarmStart, out: Path, workdir: Path, backend: str = "auto
     texts = (content for messages in episodes[:2000] for _, content in messages)
     train_tokenizer(texts, config.vocab_size).save(str(out / "tokenizer.json"))
     renderer = Renderer(out)
+    drills = [render(renderer, drill(repairs.task("train", DRILLS_FROM + i))) for i in range(config.drills)]
     rows = [render(renderer, messages) for messages in episodes]
     size = replace(config.model, vocab_size=renderer.vocab_size, eos_id=renderer.end_id)
     model = models.build(size, config.seed)
-    log = fit(model, rows, config, out / "tokenizer.json", workdir)
+    if drills:
+        fit(model, drills, replace(config, epochs=1.0), out / "tokenizer.json", workdir)
+        models.save(model, workdir / "drilled")
+    gentle = replace(config, muon_lr=config.muon_lr / 2, adam_lr=config.adam_lr / 2)
+    log = fit(model, rows, gentle, out / "tokenizer.json", workdir)
     models.save(model, out)
     facts = {
         "made_by": "python -m rl sft",
         "config": asdict(config),
         "expert_solve_rate": round(solved, 4),
-        "tokens": int(sum(len(ids) for ids, _ in rows) * config.epochs),
+        "tokens": int(sum(len(ids) for ids, _ in rows) * config.epochs) + sum(len(ids) for ids, _ in drills),
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss": [round(row["loss"], 4) for row in log if "loss" in row][-1:],
     }

@@ -32,7 +32,10 @@ def test_the_light_half_imports_nothing_heavy(module):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", [["rl/train.py"], ["-m", "rl"], ["-m", "rl", "sft"], ["-m", "envs"], ["-m", "envs", "play"], ["-m", "benchmarks"]])
+@pytest.mark.parametrize(
+    "command",
+    [["rl/train.py"], ["-m", "rl"], ["-m", "rl", "sft"], ["-m", "envs"], ["-m", "envs", "play"], ["-m", "benchmarks"]],
+)
 def test_every_command_has_help_with_an_example(command, tmp_path):
     where = ROOT if command[0] == "-m" else tmp_path  # a script runs from anywhere
     first = command if command[0] == "-m" else [str(ROOT / command[0])]

@@ -57,7 +57,14 @@ def commit() -> str:
 def host() -> str:
     """Cores, memory and system of this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )
     return f"{os.cpu_count()} cores ({model}), {memory:.0f} GiB, Linux {platform.release()}, Python {platform.python_version()}"
 
 
@@ -78,13 +85,13 @@ def cpu_seconds(process: subprocess.Popen[Any], every: float = 1.0) -> float:
 def _tree(root: int) -> dict[tuple[int, str], float]:
     """(pid, start time) → CPU seconds, for a process and its living descendants; each includes children it has reaped."""
     stats = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
             try:
-                fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:
                 continue
-            stats[int(entry)] = (int(fields[1]), fields[19], sum(map(int, fields[11:15])) / TICK)
+            stats[int(entry.name)] = (int(fields[1]), fields[19], sum(map(int, fields[11:15])) / TICK)
     inside = {root}
     grew = True
     while grew:

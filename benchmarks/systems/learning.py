@@ -37,8 +37,15 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seeds", type=int, default=3, help="training seeds (default: %(default)s)")
     p.add_argument("--tasks", type=int, default=600, help="unseen tasks per evaluation (default: %(default)s)")
     p.add_argument("--recipe", default="rl/recipes/tiny.toml", help="what is trained (default: %(default)s)")
-    p.add_argument("--table", action="store_true", help="also temperatures, rejection sampling, pass@k, blank observations")
-    p.add_argument("--out", type=Path, default=Path("runs/learning"), help="where runs and finished parts are kept (default: %(default)s)")
+    p.add_argument(
+        "--table", action="store_true", help="also temperatures, rejection sampling, pass@k, blank observations"
+    )
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/learning"),
+        help="where runs and finished parts are kept (default: %(default)s)",
+    )
 
 
 def distinct(split: str, n: int) -> list[int]:
@@ -78,10 +85,19 @@ class Lab:
         """Train by the user's command; CPU seconds of all its processes, minutes, tokens."""
 
         def make() -> dict[str, Any]:
-            command = [sys.executable, str(ROOT / "rl/train.py"), str(ROOT / self.args.recipe), f"--runs={self.out}", f"--name={name}", *overrides]
+            command = [
+                sys.executable,
+                str(ROOT / "rl/train.py"),
+                str(ROOT / self.args.recipe),
+                f"--runs={self.out}",
+                f"--name={name}",
+                *overrides,
+            ]
             resume = ["--resume"] if (self.out / name / "journal.sqlite").exists() else []
             began = time.monotonic()
-            process = subprocess.Popen([*command, *resume], stdout=(self.out / f"{name}.log").open("a"), stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                [*command, *resume], stdout=(self.out / f"{name}.log").open("a"), stderr=subprocess.STDOUT
+            )
             spent = cpu_seconds(process)
             if process.returncode:
                 raise ValueError(f"training {name} ended with status {process.returncode}; see {self.out / name}.log")
@@ -97,7 +113,9 @@ class Lab:
         result: dict[str, Any] = self.once(f"train-{name}", make)
         return result
 
-    def solve(self, name: str, model: Path, split: str, temperature: float, *, samples: int = 1, tasks: int = 0, **kwargs: Any) -> Solved:
+    def solve(
+        self, name: str, model: Path, split: str, temperature: float, *, samples: int = 1, tasks: int = 0, **kwargs: Any
+    ) -> Solved:
         """1.0 or 0.0 for each (task, sample) of a split, in order; episodes lost to infrastructure count as failed."""
 
         def make() -> Solved:
@@ -166,9 +184,29 @@ def rows_of_seed(s: dict[str, Any]) -> list[dict[str, Any]]:
         ("held-out templates, gain", s["template_gain"], ">=10"),
         ("control with shuffled advantages, gain", s["control_gain"], "<=5"),
     )
-    rows = [row(f"seed {s['seed']}: {w}", 100 * g[0], unit="points", goal=goal, n=s["n"], spread=[round(100 * x, 1) for x in g[1:]]) for w, g, goal in goals]
-    rows.append(row(f"seed {s['seed']}: solve rate at the end", 100 * s["solve_after"], unit="%", goal=">=60", n=s["n"]))
-    rows.append(row(f"seed {s['seed']}: greedy gain, lower end of its interval", 100 * s["greedy_gain"][1], unit="points", goal=">=0", n=s["n"]))
+    rows = [
+        row(
+            f"seed {s['seed']}: {w}",
+            100 * g[0],
+            unit="points",
+            goal=goal,
+            n=s["n"],
+            spread=[round(100 * x, 1) for x in g[1:]],
+        )
+        for w, g, goal in goals
+    ]
+    rows.append(
+        row(f"seed {s['seed']}: solve rate at the end", 100 * s["solve_after"], unit="%", goal=">=60", n=s["n"])
+    )
+    rows.append(
+        row(
+            f"seed {s['seed']}: greedy gain, lower end of its interval",
+            100 * s["greedy_gain"][1],
+            unit="points",
+            goal=">=0",
+            n=s["n"],
+        )
+    )
     rows.append(row(f"seed {s['seed']}: CPU of the training run", s["cpu_s"], unit="s", goal="<=1600", n=1))
     return rows
 
@@ -182,21 +220,53 @@ def table(lab: Lab, seed: int = 0) -> list[dict[str, Any]]:
     rejected = lab.out / f"rs-{seed}"
     lab.once(f"sft-rs-{seed}", lambda: _imitate(lab, seed, rejected))
     sft = {t: lab.solve(f"rs-{seed}", rejected, "validation", t) for t in temperatures}
-    best = {name: max(by.values(), key=sum) for name, by in (("warm start", warm), ("rejection sampling SFT", sft), ("RL", trained))}
-    at = {name: next(t for t, v in by.items() if v is best[name]) for name, by in (("warm start", warm), ("rejection sampling SFT", sft), ("RL", trained))}
-    rows = [row(f"{n} at its best temperature ({at[n]:g})", 100 * mean(v), unit="%", n=len(v), spread=_interval(v)) for n, v in best.items()]
+    best = {
+        name: max(by.values(), key=sum)
+        for name, by in (("warm start", warm), ("rejection sampling SFT", sft), ("RL", trained))
+    }
+    at = {
+        name: next(t for t, v in by.items() if v is best[name])
+        for name, by in (("warm start", warm), ("rejection sampling SFT", sft), ("RL", trained))
+    }
+    rows = [
+        row(f"{n} at its best temperature ({at[n]:g})", 100 * mean(v), unit="%", n=len(v), spread=_interval(v))
+        for n, v in best.items()
+    ]
     rival = max(("warm start", "rejection sampling SFT"), key=lambda n: sum(best[n]))
     headline = paired(best[rival], best["RL"])
-    rows.append(row(f"RL minus {rival}, both at their best", 100 * headline[0], unit="points", n=lab.args.tasks, spread=[round(100 * x, 1) for x in headline[1:]]))
+    rows.append(
+        row(
+            f"RL minus {rival}, both at their best",
+            100 * headline[0],
+            unit="points",
+            n=lab.args.tasks,
+            spread=[round(100 * x, 1) for x in headline[1:]],
+        )
+    )
     for name, model in (("start", start), (f"rl-{seed}", end)):
         flat = lab.solve(f"passk-{name}", model, "validation", 1.0, samples=64, tasks=40)
         counts = [int(sum(flat[i : i + 64])) for i in range(0, len(flat), 64)]
         rows += [
-            row(f"pass@{k}, {name}", 100 * sum(pass_at_k(64, c, k) for c in counts) / len(counts), unit="%", n=len(counts)) for k in (1, 2, 4, 8, 16, 32, 64)
+            row(
+                f"pass@{k}, {name}",
+                100 * sum(pass_at_k(64, c, k) for c in counts) / len(counts),
+                unit="%",
+                n=len(counts),
+            )
+            for k in (1, 2, 4, 8, 16, 32, 64)
         ]
     blind = lab.solve(f"blind-{seed}", end, "validation", 1.0, blind=True)
     loss = paired(blind, trained[1.0])
-    rows.append(row("lost when observations are blanked", 100 * loss[0], unit="points", goal=">=10", n=lab.args.tasks, spread=[round(100 * x, 1) for x in loss[1:]]))
+    rows.append(
+        row(
+            "lost when observations are blanked",
+            100 * loss[0],
+            unit="points",
+            goal=">=10",
+            n=lab.args.tasks,
+            spread=[round(100 * x, 1) for x in loss[1:]],
+        )
+    )
     return rows
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 Cause = Literal["exit", "signal", "timeout", "oom", "pids", "disk", "output", "dead"]
 """Why a command ended: it exited, died by a signal, ran out of time, hit a limit, or the sandbox itself died."""
@@ -43,7 +43,8 @@ class Result:
     """What one command did, as data."""
 
     exit: int | None
-    """Exit status; None unless `cause` is "exit"."""
+    """Exit status; None unless `cause` is "exit". A process that a signal ended inside the shell is 128 + its number, as
+    the shell says it; `cause` is "signal" when the shell itself was ended by one."""
     cause: Cause
     head: bytes
     """First bytes of stdout and stderr, merged in the order they were written."""
@@ -58,7 +59,8 @@ class Result:
     peak_memory: int | None = None
     """Peak bytes of the sandbox, where the backend can tell."""
     restarted: bool = False
-    """The persistent shell was lost (timeout, `exit`, `exec`, kill) and started again with cwd and exports restored."""
+    """The persistent shell was lost (timeout, `exit`, `exec`, kill) and started again with cwd and exports as they were
+    after the last command that it survived; functions and other variables are gone."""
 
     @property
     def ok(self) -> bool:
@@ -114,8 +116,9 @@ class Sandbox(Protocol):
     def run(self, script: str, *, timeout: float, stdin: bytes = b"") -> Result:
         """Run `script` in the persistent bash (cwd, exports and functions are kept).
 
-        At `timeout` seconds every process the command started is killed, partial output is kept and the shell answers
-        the next command. Raises `SandboxDead` only if the sandbox itself is gone.
+        At `timeout` seconds every process in the sandbox is killed, partial output is kept and the shell answers the next
+        command. What background processes wrote since the last command is part of the output. Raises `SandboxDead` only
+        if the sandbox itself is gone.
         """
 
     def read(self, path: str, *, limit: int = 1 << 20) -> bytes:
@@ -125,8 +128,9 @@ class Sandbox(Protocol):
         a file longer than `limit` bytes is an `OSError`.
         """
 
-    def write(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
-        """Create or replace a regular file as the sandbox's user. Errors as `read`."""
+    def write(self, path: str, data: bytes, *, mode: int | None = None) -> None:
+        """Create or replace a regular file, and its directories, as the sandbox's user. Errors as `read`; a full disk
+        leaves the old file as it was. mode None keeps that of a file that is there, else 0o644."""
 
     def changes(self) -> Changes:
         """The diff of the work directory since creation, computed outside the sandbox; links and devices are left out."""
@@ -147,6 +151,12 @@ class Sandbox(Protocol):
     def close(self) -> None:
         """End every process and free everything. May be called twice; never raises."""
 
+    def __enter__(self) -> Self:
+        """The sandbox itself, to be closed at the end of the block."""
+
+    def __exit__(self, *_: object) -> None:
+        """`close()`."""
+
 
 class Backend(Protocol):
     """Makes sandboxes of one kind. Thread-safe: many episodes create at once."""
@@ -154,9 +164,15 @@ class Backend(Protocol):
     name: str
 
     def create(
-        self, *, base: str = "host", workdir: str = "/repo", files: Mapping[str, bytes] | None = None, limits: Limits | None = None
+        self,
+        *,
+        base: str = "host",
+        workdir: str = "/repo",
+        files: Mapping[str, bytes] | None = None,
+        limits: Limits | None = None,
     ) -> Sandbox:
-        """Start a sandbox with `files` (paths relative to `workdir`) in place; the shell starts in `workdir`.
+        """Start a sandbox with `files` (paths relative to `workdir`; bytes have mode 0o644) in place; the shell starts in
+        `workdir`.
 
         base: "host" (the host's `/usr` and this interpreter, read-only) or what the backend documents.
         Raises `Unsupported` for a limit or base it can't provide, `InfraError` when the start failed.

@@ -9,11 +9,12 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from envs.errors import SandboxDead, Unsupported
 from envs.sandbox.base import Cause, Changes, FileChange, Limits, Result, Sandbox, Snapshot, Usage
 from envs.sandbox.cgroups import OWN_PIDS, Counters
-from envs.sandbox.channel import Channel, Reply
+from envs.sandbox.channel import OUTPUT_MAX, SCRIPT_MAX, STDIN_MAX, Channel, Reply
 from envs.sandbox.walk import diff, read_tree
 
 Files = Mapping[str, "bytes | FileChange"]
@@ -34,9 +35,16 @@ class Start:
     exports: Mapping[str, str] | None = None
 
 
-def start_from(base: str, workdir: str, files: Files | None) -> Start:
+def start_from(base: str, workdir: str, files: Files | None, limits: Limits) -> Start:
     """Check what `create` was given. Raises `ValueError` for a path that leaves the work directory."""
-    if workdir != os.path.normpath(workdir) or not workdir.startswith("/") or workdir.startswith("//") or "\0" in workdir:
+    if limits.output_kb << 10 > OUTPUT_MAX:
+        raise Unsupported(f"limits.output_kb={limits.output_kb}: at most {OUTPUT_MAX >> 10}; redirect output to a file")
+    if (
+        workdir != os.path.normpath(workdir)
+        or not workdir.startswith("/")
+        or workdir.startswith("//")
+        or "\0" in workdir
+    ):
         raise ValueError(f"workdir={workdir!r}: it must be an absolute path without '..'; e.g. '/repo'")
     tree = {}
     for path, value in (files or {}).items():
@@ -57,7 +65,8 @@ class BrokeredSandbox(ABC):
         self._workdir_fd = workdir_fd
         self._start = start
         self._cwd = start.cwd or start.workdir
-        self._before = Counters()
+        self._cpu: float | None = None
+        self._ooms = self._refusals = 0
         self._closed = False
 
     def boot(self, env: Mapping[str, str]) -> None:
@@ -86,8 +95,11 @@ class BrokeredSandbox(ABC):
         """Run `script` in the persistent shell."""
         self._check_open()
         raw = _encode(script)
-        if b"\0" in raw:
-            return Result(exit=126, cause="exit", head=b"bash: the command contains a NUL byte\n")
+        if len(stdin) > STDIN_MAX:
+            raise ValueError(f"stdin of {len(stdin)} bytes: more than {STDIN_MAX}; write() a file and redirect it")
+        if b"\0" in raw or len(raw) > SCRIPT_MAX:
+            what = "contains a NUL byte" if b"\0" in raw else f"is longer than {SCRIPT_MAX} bytes"
+            return Result(exit=126, cause="exit", head=f"bash: the command {what}\n".encode())
         try:
             reply = self._channel.run(raw, stdin, timeout, max(2, self.limits.output_kb << 10))
         except OSError as error:
@@ -142,7 +154,7 @@ class BrokeredSandbox(ABC):
     def usage(self) -> Usage:
         """Memory, processes and disk in use now."""
         self._check_open()
-        now, disk = self._counters(), os.fstatvfs(self._workdir_fd)
+        now, disk = self._counters(limits_hit=True), os.fstatvfs(self._workdir_fd)
         pids = None if now.pids is None else max(0, now.pids - OWN_PIDS)
         return Usage(now.memory, pids, (disk.f_blocks - disk.f_bfree) * disk.f_frsize)
 
@@ -154,7 +166,7 @@ class BrokeredSandbox(ABC):
         os.close(self._workdir_fd)
         self._end()
 
-    def __enter__(self) -> BrokeredSandbox:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -173,8 +185,8 @@ class BrokeredSandbox(ABC):
         """Another sandbox of the same backend and limits."""
 
     @abstractmethod
-    def _counters(self) -> Counters:
-        """What the sandbox's cgroups say now."""
+    def _counters(self, *, limits_hit: bool) -> Counters:
+        """What the sandbox's cgroups say now (see `cgroups.Group.read`)."""
 
     def _tree(self) -> dict[str, FileChange]:
         self._check_open()
@@ -193,16 +205,10 @@ class BrokeredSandbox(ABC):
             raise SandboxDead(f"sandbox {self.id} is closed; create another")
 
     def _judge(self, reply: Reply) -> Result:
-        before, now = self._before, self._counters()
-        self._before = now
-        cause: Cause = "timeout" if reply.how == "timeout" else "signal" if reply.how == "signal" else "exit"
-        if cause != "timeout" and (reply.status or cause == "signal"):
-            if now.ooms > before.ooms:
-                cause = "oom"
-            elif now.pid_refusals > before.pid_refusals:
-                cause = "pids"
-            elif b"No space left on device" in reply.head + reply.tail and self._disk_full():
-                cause = "disk"
+        failed = reply.how != "exit" or reply.status != 0
+        cpu, now = self._cpu, self._counters(limits_hit=failed)
+        self._cpu = now.cpu
+        cause = self._limit_hit(reply, now) if failed and reply.how != "timeout" else reply.how
         return Result(
             exit=reply.status if cause == "exit" else None,
             cause=cause,
@@ -210,10 +216,22 @@ class BrokeredSandbox(ABC):
             tail=reply.tail,
             total=reply.total,
             wall=reply.wall,
-            cpu=None if now.cpu is None else max(0.0, now.cpu - (before.cpu or 0.0)),
+            cpu=None if now.cpu is None else max(0.0, now.cpu - (cpu or 0.0)),
             peak_memory=now.peak,
             restarted=reply.restarted,
         )
+
+    def _limit_hit(self, reply: Reply, now: Counters) -> Cause:
+        """Which limit a failed command ran into, by the kernel's counters since the last failure; else how it ended."""
+        ooms, refusals = (now.ooms or 0) - self._ooms, (now.pid_refusals or 0) - self._refusals
+        self._ooms, self._refusals = now.ooms or 0, now.pid_refusals or 0
+        if ooms > 0:
+            return "oom"
+        if refusals > 0:
+            return "pids"
+        if b"No space left on device" in reply.head + reply.tail and self._disk_full():
+            return "disk"
+        return reply.how
 
     def _disk_full(self) -> bool:
         disk = os.fstatvfs(self._workdir_fd)

@@ -10,6 +10,7 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from envs.sandbox.base import Limits
 
@@ -26,8 +27,32 @@ class Counters:
     peak: int | None = None
     pids: int | None = None
     cpu: float | None = None
-    ooms: int = 0
-    pid_refusals: int = 0
+    ooms: int | None = None
+    pid_refusals: int | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """One sandbox's cgroup: a directory for each controller."""
+
+    version: int
+    paths: dict[str, Path]
+
+    def read(self, *, limits_hit: bool) -> Counters:
+        """The counters now; the ones that only tell which limit was hit, if asked for (each is a file to read)."""
+        names = _V2_FILES if self.version == 2 else _V1_FILES
+        memory, pids, cpu = (
+            self.paths.get(name) for name in ("memory", "pids", "cpuacct" if self.version == 1 else "cpu")
+        )
+        used = _read(cpu, names.cpu, names.cpu_field)
+        return Counters(
+            peak=_read(memory, names.peak),
+            cpu=None if used is None else used * names.cpu_unit,
+            memory=_read(memory, names.memory) if limits_hit else None,
+            pids=_read(pids, "pids.current") if limits_hit else None,
+            ooms=_read(memory, names.ooms, b"oom_kill") if limits_hit else None,
+            pid_refusals=_read(pids, "pids.events", b"max") if limits_hit else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -43,31 +68,14 @@ class Hierarchy:
         values = _v2_values(limits) if self.version == 2 else _v1_values(limits)
         writes = []
         for controller, file, value in values:
-            if parent := self.parents.get(controller):
-                if (parent / file).exists() or file in _ALWAYS:
-                    writes.append((parent / name / file, value))
+            parent = self.parents.get(controller)
+            if parent and (file in _ALWAYS or (parent / file).exists()):
+                writes.append((parent / name / file, value))
         return list(dirs.items()), writes
 
-    def counters(self, name: str) -> Counters:
-        """The counters of the cgroup `name`."""
-        at = {controller: path / name for controller, path in self.parents.items()}
-        if self.version == 2:
-            return Counters(
-                memory=_number(at["memory"] / "memory.current"),
-                peak=_number(at["memory"] / "memory.peak"),
-                pids=_number(at["pids"] / "pids.current"),
-                cpu=_scaled(_field(at["cpu"] / "cpu.stat", "usage_usec"), 1e-6),
-                ooms=_field(at["memory"] / "memory.events", "oom_kill") or 0,
-                pid_refusals=_field(at["pids"] / "pids.events", "max") or 0,
-            )
-        return Counters(
-            memory=_number(at["memory"] / "memory.usage_in_bytes"),
-            peak=_number(at["memory"] / "memory.max_usage_in_bytes"),
-            pids=_number(at["pids"] / "pids.current"),
-            cpu=_scaled(_number(at["cpuacct"] / "cpuacct.usage"), 1e-9) if "cpuacct" in at else None,
-            ooms=_field(at["memory"] / "memory.oom_control", "oom_kill") or 0,
-            pid_refusals=_field(at["pids"] / "pids.events", "max") or 0,
-        )
+    def group(self, name: str) -> Group:
+        """The cgroup `name` of a sandbox, to be read."""
+        return Group(self.version, {controller: path / name for controller, path in self.parents.items()})
 
     def sweep(self) -> None:
         """Remove the cgroups of owners that are gone."""
@@ -90,19 +98,39 @@ def owner_name() -> str:
 
 def discover(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> Hierarchy | None:
     """The hierarchy in which this process may create cgroups with memory, pids and cpu limits, or None."""
-    own: dict[str, str] = {}
-    for line in membership.read_text().splitlines():
-        _, names, path = line.split(":", 2)
-        own.update(dict.fromkeys(names.split(","), path))
-    parents = {}
-    for name in _CONTROLLERS:
-        for path in (root / name / own.get(name, "/").strip("/"), root / name):
-            if (path / "tasks").exists() and _may_create(path):
-                parents[name] = path
-                break
+    own = _memberships(membership)
+    parents: dict[str, Path] = {}
+    for controller in _CONTROLLERS:
+        for path in (root / controller / own.get(controller, "/").strip("/"), root / controller):
+            if controller not in parents and (path / "tasks").exists() and _may_create(path):
+                parents[controller] = path
     if {"memory", "pids", "cpu"} <= parents.keys():
         return Hierarchy(1, parents)
     return _discover_v2(root, own.get("", "/"))
+
+
+def of_process(pid: int, root: Path = Path("/sys/fs/cgroup")) -> Group | None:
+    """The cgroup that another program (a container engine) made for process `pid`, where it can be seen from here."""
+    try:
+        own = _memberships(Path(f"/proc/{pid}/cgroup"))
+    except OSError:
+        return None
+    paths = {name: root / name / own[name].strip("/") for name in _CONTROLLERS if name in own}
+    if "memory" in paths and paths["memory"].is_dir():
+        return Group(1, paths)
+    unified = root / own.get("", "").strip("/")
+    return (
+        Group(2, dict.fromkeys(("memory", "pids", "cpu"), unified)) if (unified / "memory.current").exists() else None
+    )
+
+
+def _memberships(file: Path) -> dict[str, str]:
+    """Controller → path of a process's cgroup; the controller of the v2 tree is ""."""
+    found: dict[str, str] = {}
+    for line in file.read_text().splitlines():
+        _, names, path = line.split(":", 2)
+        found.update(dict.fromkeys(names.split(","), path))
+    return found
 
 
 @functools.cache
@@ -167,22 +195,36 @@ OWN_PIDS = 2
 """The broker and the shell, which `Limits.pids` does not count."""
 
 
-def _number(path: Path) -> int | None:
+class _Files(NamedTuple):
+    memory: str
+    peak: str
+    ooms: str
+    cpu: str
+    cpu_field: bytes
+    cpu_unit: float
+
+
+_V1_FILES = _Files(
+    "memory.usage_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control", "cpuacct.usage", b"", 1e-9
+)
+_V2_FILES = _Files("memory.current", "memory.peak", "memory.events", "cpu.stat", b"usage_usec", 1e-6)
+
+
+def _read(directory: Path | None, name: str, field: bytes = b"") -> int | None:
+    """A number of a cgroup file (of its line `field`); None where there is no such file. Called after each command."""
+    if directory is None:
+        return None
     try:
-        return int(path.read_text())
+        fd = os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            text = os.read(fd, 4096)
+        finally:
+            os.close(fd)
+        if not field:
+            return int(text)
+        return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(field + b" ")), None)
     except (OSError, ValueError):
         return None
-
-
-def _field(path: Path, name: str) -> int | None:
-    try:
-        return next((int(line.split()[1]) for line in path.read_text().splitlines() if line.split()[:1] == [name]), None)
-    except OSError:
-        return None
-
-
-def _scaled(value: int | None, factor: float) -> float | None:
-    return None if value is None else value * factor
 
 
 def _start_time(pid: int) -> str:

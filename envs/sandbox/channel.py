@@ -1,6 +1,6 @@
 """The owner's end of a sandbox's control stream: framed requests to the broker, one at a time.
 
-The protocol is described at the top of `helper/broker.c`. Nothing here knows how the sandbox is isolated.
+`helper/broker.c` describes the protocol. Nothing here knows how the sandbox is isolated.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ import struct
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from envs.errors import SandboxDead
 
 CHUNK = 1 << 20
 KEEP_MODE = 0xFFFFFFFF
+PATH_MAX = 4096
+TIMEOUT_MAX = 4e6
 SCRIPT_MAX = 1 << 20
+STDIN_MAX = 4 << 20
+OUTPUT_MAX = 4 << 20
 GRACE = 30.0
 """Seconds past a command's own timeout after which the broker counts as dead (a loaded host is slow, not dead)."""
 
-_HOW = ("exit", "signal", "timeout")
+How = Literal["exit", "signal", "timeout"]
+_HOW: tuple[How, How, How] = ("exit", "signal", "timeout")
 
 
 class SetupError(Exception):
@@ -37,7 +43,7 @@ class SetupError(Exception):
 class Reply:
     """What the broker says of one command."""
 
-    how: str
+    how: How
     status: int
     restarted: bool
     total: int
@@ -58,18 +64,18 @@ class Channel:
         fds = array.array("i")
         try:
             self.stream.settimeout(timeout)
-            head, ancillary, _, _ = self.stream.recvmsg(5, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+            text, ancillary, _, _ = self.stream.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
             for _, kind, data in ancillary:
                 if kind == socket.SCM_RIGHTS:
                     fds.frombytes(data[:4])
-            head += self._exactly(5 - len(head))
-            body = self._exactly(struct.unpack("<I", head[:4])[0] - 1)
+            if not text:
+                raise ConnectionResetError("end of stream")
         except OSError as error:
             raise SandboxDead(f"sandbox start: no answer ({error})") from error
-        if head[4:] == b"K" and fds:
+        if fds:
             return fds[0]
-        number, _, text = body.decode("utf-8", "replace").partition(" ")
-        raise SetupError(int(number), text)
+        number, _, reason = text[5:].decode("utf-8", "replace").partition(" ")
+        raise SetupError(int(number), reason)
 
     def start(self, env: Mapping[str, str], cwd: str | None = None) -> None:
         """Start the shell with exactly this environment, in `cwd` or the work directory."""
@@ -81,7 +87,8 @@ class Channel:
 
     def run(self, script: bytes, stdin: bytes, timeout: float, cap: int) -> Reply:
         """Run a script in the shell. Raises `OSError` when the broker couldn't hand it over."""
-        head = struct.pack("<III", min(int(timeout * 1000), 0xFFFFFFFF), cap, len(stdin))
+        timeout = min(max(timeout, 0.0), TIMEOUT_MAX)
+        head = struct.pack("<III", int(timeout * 1000), cap, len(stdin))
         begin = time.perf_counter()
         body = self.ask(b"R", head + stdin + script, timeout + GRACE)
         wall = time.perf_counter() - begin
@@ -92,7 +99,7 @@ class Channel:
 
     def read(self, path: str, limit: int) -> bytes:
         """A regular file's bytes; `OSError` as the sandbox's user would get it, EFBIG past `limit`."""
-        data, raw = b"", os.fsencode(path)
+        data, raw = b"", _raw(path)
         while True:
             body = self._file(path, b"G", struct.pack("<QI", len(data), CHUNK) + raw)
             if (size := struct.unpack_from("<Q", body)[0]) > limit:
@@ -105,7 +112,7 @@ class Channel:
         """Create or replace files (path, data, mode; None keeps the mode of a file that is there)."""
         batch, names, size = [], [], 0
         for path, data, mode in files:
-            raw, bits = os.fsencode(path), KEEP_MODE if mode is None else mode
+            raw, bits = _raw(path), KEEP_MODE if mode is None else mode
             for at in range(0, len(data) or 1, CHUNK):
                 part = data[at : at + CHUNK]
                 batch.append(struct.pack("<IQQII", bits, at, len(data), len(raw), len(part)) + raw + part)
@@ -122,12 +129,13 @@ class Channel:
         try:
             self.stream.settimeout(timeout)
             self.stream.sendall(struct.pack("<I", len(body) + 1) + kind + body)
-            head = self._exactly(5)
-            reply = self._exactly(struct.unpack("<I", head[:4])[0] - 1)
-        except OSError as error:
-            self.stream.close()
+            answer, reply = self._reply()
+        except BaseException as error:
+            self.stream.close()  # also after Ctrl-C: a reply that nobody waits for would answer the next request
+            if not isinstance(error, OSError):
+                raise
             raise SandboxDead(f"the sandbox stopped answering ({error}); its episode can't be judged") from error
-        if head[4:] == b"N":
+        if answer == b"N":
             number, index = struct.unpack("<iI", reply)
             raise OSError(number, os.strerror(number), index)
         return reply
@@ -140,12 +148,22 @@ class Channel:
             text = "not a regular file" if number == errno.EINVAL else os.strerror(number)
             raise OSError(number, text, path if isinstance(path, str) else path[error.filename]) from None
 
-    def _exactly(self, n: int) -> bytes:
-        parts = []
-        while n:
-            part = self.stream.recv(min(n, 1 << 20))
+    def _reply(self) -> tuple[bytes, bytes]:
+        """The next message's kind and body; most come in one piece."""
+        data = self.stream.recv(1 << 17)
+        while len(data) < 5 or len(data) < 4 + int.from_bytes(data[:4], "little"):
+            part = self.stream.recv(1 << 20)
             if not part:
                 raise ConnectionResetError("end of stream")
-            parts.append(part)
-            n -= len(part)
-        return b"".join(parts)
+            data += part
+        return data[4:5], data[5:]
+
+
+def _raw(path: str) -> bytes:
+    try:
+        raw = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise OSError(errno.EILSEQ, os.strerror(errno.EILSEQ), ascii(path)) from None
+    if len(raw) >= PATH_MAX:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), f"{path[:64]}...")
+    return raw

@@ -39,7 +39,11 @@ def _limits(found: object) -> list[Row]:
             ("native: pids", f"cgroup v{version}", ""),
             ("native: disk", "size-capped tmpfs", ""),
         ]
-    remedy = "mount /sys/fs/cgroup writable" if root else "start as root, or in a delegated cgroup (systemd-run --user -p Delegate=yes)"
+    remedy = (
+        "mount /sys/fs/cgroup writable"
+        if root
+        else "start as root, or in a delegated cgroup (systemd-run --user -p Delegate=yes)"
+    )
     return [
         *rows,
         ("native: memory", "RLIMIT_AS of each process (worst case: pids x memory_mb)", remedy),

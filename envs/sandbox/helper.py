@@ -30,7 +30,9 @@ def cache_dir() -> Path:
         path = Path(tempfile.gettempdir()) / f"codeworld-{os.getuid()}"
         path.mkdir(mode=0o700, exist_ok=True)
         if path.stat().st_uid != os.getuid():
-            raise Unsupported(f"cache {path}: it belongs to another user; set XDG_CACHE_HOME to a directory of yours") from None
+            raise Unsupported(
+                f"cache {path}: it belongs to another user; set XDG_CACHE_HOME to a directory of yours"
+            ) from None
     return path
 
 
@@ -47,15 +49,21 @@ def helper_path() -> Path:
 def _build(path: Path) -> None:
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
-        raise Unsupported("sandbox helper: no C compiler (cc, gcc, clang) on PATH; install one, e.g. apt-get install gcc libc6-dev")
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
+        raise Unsupported(
+            "sandbox helper: no C compiler (cc, gcc, clang) on PATH; install one, e.g. apt-get install gcc libc6-dev"
+        )
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix="helper-")
+    os.close(handle)
+    draft = Path(name)
     units = [str(p) for p in SOURCES if p.suffix == ".c"]
     error = ""
     for static in (["-static"], []):
         command = [compiler, "-O2", *static, "-o", str(draft), *units]
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         if built.returncode == 0:
+            draft.chmod(0o755)
             draft.rename(path)  # atomic: others may build at the same time
             return
         error = error or " ".join(built.stderr.split())[-300:]
+    draft.unlink(missing_ok=True)
     raise Unsupported(f"sandbox helper: {compiler} failed: {error}; install the C library's headers, e.g. libc6-dev")

@@ -15,18 +15,16 @@ import os
 import resource
 import socket
 import subprocess
-import sys
 import threading
 import weakref
-from collections.abc import Mapping
-from pathlib import Path
 
-from envs.errors import InfraError, SandboxDead, Unsupported
+from envs.errors import InfraError, Unsupported
 from envs.sandbox import cgroups
 from envs.sandbox.base import Limits, Sandbox
 from envs.sandbox.brokered import BrokeredSandbox, Files, Start, start_from
 from envs.sandbox.channel import Channel, SetupError
 from envs.sandbox.helper import helper_path
+from envs.sandbox.hostbase import bind_paths, check_workdir, environment, etc_files, links
 
 INNER_ID = 1000
 """The uid and gid inside a user namespace."""
@@ -34,6 +32,12 @@ FIRST_UID = 1_500_000_000
 START_TIMEOUT = 30.0
 
 _DEVICES = ("null", "zero", "full", "random", "urandom")
+_DEVICE_LINKS = {
+    "/dev/fd": "/proc/self/fd",
+    "/dev/stdin": "/proc/self/fd/0",
+    "/dev/stdout": "/proc/self/fd/1",
+    "/dev/stderr": "/proc/self/fd/2",
+}
 _FORBIDDEN = frozenset((errno.EPERM, errno.EACCES, errno.ENOSPC, errno.EINVAL, errno.ENOSYS, errno.EUSERS))
 
 
@@ -54,10 +58,13 @@ class NativeBackend:
     ) -> NativeSandbox:
         """Start a sandbox. base: only "host"."""
         if base != "host":
-            raise Unsupported(f"base={base!r}: the native backend runs base='host' only; use the docker backend for images")
-        start = start_from(base, workdir, files)
-        _check_workdir(workdir)
-        return self._launch(start, limits or Limits())
+            raise Unsupported(
+                f"base={base!r}: the native backend runs base='host' only; use the docker backend for images"
+            )
+        limits = limits or Limits()
+        start = start_from(base, workdir, files, limits)
+        check_workdir(workdir)
+        return self._launch(start, limits)
 
     def close(self) -> None:
         """Close every sandbox and the helper."""
@@ -78,9 +85,11 @@ class NativeBackend:
         channel = Channel(mine)
         try:
             workdir_fd = channel.ready(START_TIMEOUT)
-        except SetupError as error:
+        except BaseException as error:
             mine.close()
-            raise _explain(error) from None
+            if isinstance(error, SetupError):
+                raise _explain(error) from None
+            raise
         sandbox = NativeSandbox(f"native-{os.getpid()}-{number}", channel, workdir_fd, start, limits, self, group)
         try:
             sandbox.boot(environment())
@@ -112,7 +121,8 @@ class NativeSandbox(BrokeredSandbox):
     ) -> None:
         super().__init__(name, channel, fd, start, limits)
         self._backend = backend
-        self._group = group
+        found = cgroups.hierarchy()
+        self._group = found.group(group) if found else None
 
     def _end(self) -> None:
         stream = self._channel.stream
@@ -128,9 +138,8 @@ class NativeSandbox(BrokeredSandbox):
     def _sibling(self, start: Start) -> Sandbox:
         return self._backend._launch(start, self.limits)
 
-    def _counters(self) -> cgroups.Counters:
-        found = cgroups.hierarchy()
-        return found.counters(self._group) if found else cgroups.Counters()
+    def _counters(self, *, limits_hit: bool) -> cgroups.Counters:
+        return self._group.read(limits_hit=limits_hit) if self._group else cgroups.Counters()
 
 
 class _Zygote:
@@ -150,39 +159,6 @@ class _Zygote:
         self.socket.close()
         if self.owner == os.getpid():
             self._process.wait(timeout=30)
-
-
-def environment(prefix: str = sys.prefix, base_prefix: str = sys.base_prefix) -> dict[str, str]:
-    """The whole environment of a new sandbox's shell; nothing of the host's."""
-    bins = [f"{prefix}/bin", f"{base_prefix}/bin", "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"]
-    return {
-        "PATH": ":".join(dict.fromkeys(bins)),
-        "HOME": "/tmp",
-        "USER": "agent",
-        "LOGNAME": "agent",
-        "LANG": "C.UTF-8",
-        "TERM": "dumb",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONHASHSEED": "0",
-    }
-
-
-def _interpreter() -> list[str]:
-    """The directories of the running interpreter that `/usr` doesn't hold, outermost first."""
-    found: list[str] = []
-    for path in sorted({os.path.realpath(sys.base_prefix), os.path.abspath(sys.base_prefix), os.path.abspath(sys.prefix)}):
-        if not any(f"{path}/".startswith(f"{other}/") for other in ["/usr", *found]):
-            found.append(path)
-    return found
-
-
-def _check_workdir(workdir: str) -> None:
-    taken = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc", "/proc", "/sys", "/dev", *_interpreter()]
-    for path in taken:
-        if f"{workdir}/".startswith(f"{path}/") or f"{path}/".startswith(f"{workdir.rstrip('/')}/"):
-            raise ValueError(f"workdir={workdir!r}: {path} is the system's there; use another, e.g. '/repo'")
-    if workdir == "/tmp":
-        raise ValueError("workdir='/tmp': it is the sandbox's temporary directory; use another, e.g. '/tmp/repo'")
 
 
 def _op(kind: str, *args: object) -> bytes:
@@ -205,13 +181,13 @@ def _request(number: int, group: str, workdir: str, limits: Limits) -> bytes:
     ops += _limit_ops(limits, capped=found is not None)
     inodes = max(4096, limits.disk_mb * 256)
     ops.append(_op("T", f"size={limits.disk_mb}m,nr_inodes={inodes},mode=755"))
-    ops += _system_ops() + _account_ops(uid)
+    ops += _system_ops(uid)
     ops += [_op("O", "/tmp"), _op("O", "/dev/shm"), _op("O", workdir), _op("P", "/proc"), _op("C", workdir)]
     return b"".join(ops)
 
 
 def _limit_ops(limits: Limits, *, capped: bool) -> list[bytes]:
-    size = (limits.disk_mb << 20) + (1 << 16)  # a little above the disk, which is to answer first
+    size = max(limits.disk_mb + 1, 4) << 20  # above the disk, which is to answer first, and the broker's command buffer
     values = {
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: 4096,
@@ -226,29 +202,13 @@ def _limit_ops(limits: Limits, *, capped: bool) -> list[bytes]:
     return [_op("Z", int(name), value) for name, value in values.items()]
 
 
-def _system_ops() -> list[bytes]:
-    ops = [_op("B", "/usr", "/usr")]
-    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
-        path = Path("/", name)
-        if path.is_symlink():
-            ops.append(_op("L", os.readlink(path), path))
-        elif path.is_dir():
-            ops.append(_op("B", path, path))
-    ops += [_op("B", path, path) for path in _interpreter()]
-    ops += [_op("B", path, path) for path in ("/etc/ld.so.cache", "/etc/alternatives") if Path(path).exists()]
+def _system_ops(uid: int) -> list[bytes]:
+    """The file system of `base="host"`."""
+    ops = [_op("B", path, path) for path in bind_paths()]
+    ops += [_op("L", target, path) for path, target in {**links(), "/var/tmp": "/tmp", **_DEVICE_LINKS}.items()]
     ops += [_op("V", f"/dev/{name}", f"/dev/{name}") for name in _DEVICES]
-    links: Mapping[str, str] = {"fd": "", "stdin": "/0", "stdout": "/1", "stderr": "/2"}
-    ops += [_op("L", f"/proc/self/fd{tail}", f"/dev/{name}") for name, tail in links.items()]
-    return [*ops, _op("L", "/tmp", "/var/tmp"), _op("D", "/run")]
-
-
-def _account_ops(uid: int) -> list[bytes]:
-    return [
-        _op("F", "/etc/passwd", f"root:x:0:0:root:/:/bin/false\nagent:x:{uid}:{uid}:agent:/tmp:/bin/bash\n"),
-        _op("F", "/etc/group", f"root:x:0:\nagent:x:{uid}:\n"),
-        _op("F", "/etc/hosts", "127.0.0.1 localhost sandbox\n::1 localhost\n"),
-        _op("F", "/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n"),
-    ]
+    ops += [_op("F", path, text) for path, text in etc_files(uid).items()]
+    return [*ops, _op("D", "/run")]
 
 
 def _explain(error: SetupError) -> Exception:
@@ -264,6 +224,3 @@ def _explain(error: SetupError) -> Exception:
         " user.max_user_namespaces=65536` (and kernel.apparmor_restrict_unprivileged_userns=0 where it exists), start as"
         " root, or use the docker backend"
     )
-
-
-__all__ = ["NativeBackend", "NativeSandbox", "SandboxDead", "environment"]

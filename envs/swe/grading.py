@@ -4,8 +4,8 @@
 
 The test process shares its interpreter with the attempt's code, so what it prints is a claim. `resolved` needs, together:
 an explicit verdict for every expected id, an exit status that agrees with them, and every *sentinel* failed. A sentinel is
-a copy of a hidden test with its first assert inverted, under a random name: code that forges passes wholesale passes a test
-and its inversion, and is `invalid`. What stays open: code that tells sentinels apart at run time (it would have to read the test source or
+a copy of a hidden test whose first assert expects another value, under a random name: code that forges passes wholesale
+passes a test and its sentinel, and is `invalid`. What stays open: code that tells sentinels apart at run time (it would have to read the test source or
 the caller's frame; such an attempt is not recognised).
 """
 
@@ -80,13 +80,25 @@ def keep(changes: Changes, protected: tuple[str, ...] = ()) -> tuple[dict[str, b
     return kept, dropped
 
 
-class _Invert(ast.NodeTransformer):
-    def visit_Assert(self, node: ast.Assert) -> ast.AST:
-        return ast.Assert(test=ast.UnaryOp(op=ast.Not(), operand=node.test), msg=None)
+def _twin(node: ast.Assert) -> ast.Assert:
+    """An assert that fails where `node` holds: another expected value where there is a literal one, else its negation.
+
+    The other value comes first because an object that equals everything passes it too, and so gives itself away.
+    """
+    test = node.test
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq):
+        try:
+            value = ast.literal_eval(test.comparators[0])
+        except ValueError:
+            value = ...
+        if value is not ...:
+            other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else [value]
+            return ast.Assert(test=ast.Compare(left=test.left, ops=test.ops, comparators=[ast.parse(repr(other), mode="eval").body]), msg=None)
+    return ast.Assert(test=ast.UnaryOp(op=ast.Not(), operand=test), msg=None)
 
 
 def sentinels(hidden: Mapping[str, bytes], rng: random.Random) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Inverted twins of hidden test files, as files under random names, and twin id → id of its original.
+    """Twins of hidden test files that must fail, as files under random names, and twin id → id of its original.
 
     Only the first assert of each test is kept, so that code for which the original passes fails the twin for certain.
     """
@@ -98,12 +110,12 @@ def sentinels(hidden: Mapping[str, bytes], rng: random.Random) -> tuple[dict[str
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
                 asserts = [i for i, s in enumerate(node.body) if isinstance(s, ast.Assert)]
                 if asserts:
-                    node.body = node.body[: asserts[0] + 1]
+                    node.body = [*node.body[: asserts[0]], _twin(node.body[asserts[0]])]  # type: ignore[arg-type]
                     original, node.name = node.name, f"test_{rng.getrandbits(48):012x}"
                     ids[f"{twin}::{node.name}"] = f"{path}::{original}"
                 else:
                     node.name = "_" + node.name
-        files[twin] = ast.unparse(ast.fix_missing_locations(_Invert().visit(tree))).encode()
+        files[twin] = ast.unparse(ast.fix_missing_locations(tree)).encode()
     return files, ids
 
 
@@ -155,14 +167,14 @@ def claims(output: str) -> dict[str, str]:
 
 
 def judge(result: Result, expected: Mapping[str, str], originals: Mapping[str, str]) -> tuple[Outcome, str, list[str]]:
-    """Outcome, reason and passed ids from one test run; `originals` maps sentinels to the tests they invert. Pure."""
+    """Outcome, reason and passed ids from one test run; `originals` maps sentinels to their tests. Pure."""
     if result.cause == "timeout":
         return "timeout", "the tests ran out of time", []
     found = claims(result.text())
     passed = [t for t, want in expected.items() if found.get(t) == want]
     forged = [t for t, original in originals.items() if found.get(t) == found.get(original) == "pass"]
     if forged:
-        return "invalid", f"{originals[forged[0]]} passes and so does its inversion", passed
+        return "invalid", f"{originals[forged[0]]} passes and so does its sentinel", passed
     if result.cause != "exit":
         return "unresolved", f"the test process ended by {result.cause}", passed
     wrong = [t for t in expected if t not in passed]

@@ -19,7 +19,7 @@ from envs.tiny.templates import TOKEN, changes
 class Noise:
     """How imperfect an expert is; each field is a probability."""
 
-    right: float = 0.38
+    right: float = 0.5
     """An edit makes the right change."""
     wrong_line: float = 0.3
     """A wrong edit hits another line of the same function (else the right line with a wrong token)."""

@@ -4,9 +4,9 @@ A repository has three modules of one documented function each, a test file per 
 function has one token changed. The statement names the failing call; visible tests show it; hidden tests decide. Tasks
 are a pure function of (split, index):
 
-    train        training shapes, four fifths of all normalised buggy sources
-    validation   training shapes, the other fifth: no buggy source occurs in `train` under any names
-    templates    shapes that occur in neither
+    train        training templates, four fifths of all normalised buggy sources
+    validation   training templates, the other fifth: no buggy source occurs in `train` under any names
+    templates    held-out templates, which occur in neither
 
 `normalised` renames every identifier in order of appearance and drops the docstring: the split is by its hash, so that
 renaming can't leak a task (a test proves disjointness).
@@ -136,7 +136,7 @@ def _own_cases(function: Function, rng: random.Random, n: int) -> list[tuple[str
 def _draw_target(
     split: str, name: str, rng: random.Random
 ) -> tuple[Function, str, int, tuple[str, ...], list[tuple[str, Any, Any]]]:
-    templates = sorted(HELD_OUT if split == "templates" else TRAIN)
+    templates = HELD_OUT if split == "templates" else TRAIN
     while True:
         function = draw(rng.choice(templates), name, rng)
         bug = _bug(function, rng)
@@ -162,7 +162,7 @@ def task(split: str, index: int, *, runner: str = "tiny") -> Task:
     rng = random.Random(f"tiny-repairs/{split}/{index}")
     modules, names = rng.sample(MODULES, 3), rng.sample(NAMES, 3)
     target, kind, line, buggy, cases = _draw_target(split, names[0], rng)
-    others = [draw(rng.choice(sorted(TRAIN)), name, rng) for name in names[1:]]
+    others = [draw(rng.choice(TRAIN), name, rng) for name in names[1:]]
     setup: dict[str, bytes] = {"runner.py": runner_source()} if runner == "tiny" else {}
     for module, function in zip(modules, (target, *others), strict=True):
         own = cases[:VISIBLE] if function is target else _own_cases(function, rng, 2)

@@ -1,20 +1,22 @@
-"""The function shapes of `tiny-repairs`: each draws a documented function, its arguments and its token-level mutants.
+"""The function shapes of `tiny-repairs`: a function is composed of an opening, perhaps a middle, and a closing.
 
-A docstring fixes the meaning of every constant, operator and variable of its function in the order of the code, so that
-a reader can always tell the right line from a mutant. `TRAIN` shapes are trained on; `HELD_OUT` shapes share their words
-but occur in no training task.
+Each piece is one to four lines and one phrase of the docstring, in the order of the code, and the phrases fix every constant,
+operator and variable: a reader can always tell the right line from a mutant. A *template* is a sequence of pieces, such as
+"sum+gate+cap". Every fifth template (by hash) is held out: its pieces occur in training, the composition never does.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 OPERATORS = {"+": "plus", "-": "minus", "*": "times"}
-COMPARES = {"<": "below", "<=": "at most", ">": "above", ">=": "at least", "==": "equal to", "!=": "other than"}
-SCALARS = ("a", "b", "m", "n", "w", "h")
+COMPARES = {"<": "below", "<=": "at most", ">": "above", ">=": "at least"}
+WORDS = {**OPERATORS, **COMPARES, "max": "larger", "min": "smaller"}
+SCALARS = ("a", "b", "m", "n")
 
 
 @dataclass(frozen=True)
@@ -35,158 +37,131 @@ class Function:
         return head + "".join(f"    {line}\n" for line in (body or self.body))
 
     def arguments(self, rng: random.Random) -> tuple[object, ...]:
-        """A random call: integers 0–12, lists of 3–5 of them."""
-        return tuple(
-            rng.randint(0, 12) if k == "int" else [rng.randint(0, 10) for _ in range(rng.randint(3, 5))]
-            for k in self.kinds
-        )
+        """A random call: integers 0–12 (0–20 where there is only one), lists of 3–5 integers 0–10."""
+        top = 20 if self.kinds == ("int",) else 12
+        return tuple(rng.randint(0, top) if k == "int" else [rng.randint(0, 10) for _ in range(rng.randint(3, 5))] for k in self.kinds)
 
 
-class _Draw:
-    """Random atoms of one function: distinct parameters, constants 2–9, operators and comparisons with their words."""
+class _Atoms:
+    """Random atoms of one piece, drawn when they are asked for."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
-        self.a, self.b = rng.sample(SCALARS, 2)
-        self.k, self.c, self.d = rng.sample(range(2, 10), 3)
-        self.low, self.high = sorted((self.k, self.c))
-        self.op, self.op2, self.op3 = (rng.choice(list(OPERATORS)) for _ in range(3))
-        self.cmp, self.cmp2 = (rng.choice(list(COMPARES)) for _ in range(2))
+    def __init__(self, rng: random.Random, a: str, b: str) -> None:
+        self.rng, self.a, self.b = rng, a, b
+        self.constants = rng.sample(range(2, 10), 6)
 
-    def w(self, symbol: str) -> str:
-        """The word of a symbol."""
-        return OPERATORS.get(symbol) or COMPARES[symbol]
+    def k(self) -> int:
+        """A constant that the function does not have yet."""
+        return self.constants.pop()
 
+    def op(self) -> str:
+        """An operator."""
+        return self.rng.choice(list(OPERATORS))
 
-Parts = tuple[tuple[str, ...], str, tuple[str, ...], tuple[str, ...]]
-"""Parameters, docstring, body, argument kinds."""
+    def cmp(self) -> str:
+        """A comparison."""
+        return self.rng.choice(list(COMPARES))
 
-
-def _chain(x: _Draw) -> Parts:
-    doc = f"{x.a} {x.w(x.op)} {x.k}, then {x.w(x.op2)} {x.b}."
-    return (x.a, x.b), doc, (f"out = {x.a} {x.op} {x.k}", f"return out {x.op2} {x.b}"), ("int", "int")
-
-
-def _branch(x: _Draw) -> Parts:
-    doc = f"If {x.a} is {x.w(x.cmp)} {x.k}: {x.a} {x.w(x.op)} {x.b}. Else {x.b} {x.w(x.op2)} {x.c}."
-    body = (f"if {x.a} {x.cmp} {x.k}:", f"    return {x.a} {x.op} {x.b}", f"return {x.b} {x.op2} {x.c}")
-    return (x.a, x.b), doc, body, ("int", "int")
+    def value(self) -> str:
+        """The second variable, or a constant."""
+        return self.b if self.rng.random() < 0.5 else str(self.k())
 
 
-def _fold(x: _Draw) -> Parts:
-    doc = f"Sum of x {x.w(x.op)} {x.c} for x in xs {x.w(x.cmp)} {x.k}."
-    body = ("out = 0", "for x in xs:", f"    if x {x.cmp} {x.k}:", f"        out = out + x {x.op} {x.c}", "return out")
-    return ("xs",), doc, body, ("list",)
+Piece = tuple[str, list[str]]
+"""Phrase and lines."""
 
 
-def _count(x: _Draw) -> Parts:
-    doc = f"Count of x in xs {x.w(x.cmp)} {x.k}, then {x.w(x.op)} {x.a}."
-    body = ("out = 0", "for x in xs:", f"    if x {x.cmp} {x.k}:", "        out = out + 1", f"return out {x.op} {x.a}")
-    return ("xs", x.a), doc, body, ("list", "int")
+def _lin(x: _Atoms) -> Piece:
+    op, k = x.op(), x.k()
+    return f"{x.a} {WORDS[op]} {k}", [f"out = {x.a} {op} {k}"]
 
 
-def _within(x: _Draw) -> Parts:
-    low, high = x.rng.choice((">", ">=")), x.rng.choice(("<", "<="))
-    doc = f"True if {x.a} is {x.w(low)} {x.low} and {x.b} is {x.w(high)} {x.high}."
-    return (x.a, x.b), doc, (f"return {x.a} {low} {x.low} and {x.b} {high} {x.high}",), ("int", "int")
+def _pair(x: _Atoms) -> Piece:
+    op = x.op()
+    return f"{x.a} {WORDS[op]} {x.b}", [f"out = {x.a} {op} {x.b}"]
 
 
-def _larger(x: _Draw) -> Parts:
-    name, word = x.rng.choice((("max", "larger"), ("min", "smaller")))
-    doc = f"The {word} of {x.a} and {x.k}, then {x.w(x.op)} {x.b}."
-    return (x.a, x.b), doc, (f"out = {name}({x.a}, {x.k})", f"return out {x.op} {x.b}"), ("int", "int")
+def _pick(x: _Atoms) -> Piece:
+    name, k = x.rng.choice(("max", "min")), x.k()
+    return f"{WORDS[name]} of {x.a} and {k}", [f"out = {name}({x.a}, {k})"]
 
 
-def _mod(x: _Draw) -> Parts:
-    x.cmp = x.cmp if x.cmp in ("==", "!=") else "=="
-    doc = f"{x.a} {x.w(x.op)} {x.b}. True if that mod {x.high} is {x.w(x.cmp)} {x.low}."
-    return (x.a, x.b), doc, (f"out = {x.a} {x.op} {x.b}", f"return out % {x.high} {x.cmp} {x.low}"), ("int", "int")
+def _sum(x: _Atoms) -> Piece:
+    op, k = x.op(), x.k()
+    return f"sum of x {WORDS[op]} {k}", ["out = 0", "for x in xs:", f"    out = out + x {op} {k}"]
 
 
-def _first(x: _Draw) -> Parts:
-    doc = f"First x in xs {x.w(x.cmp)} {x.k}, {x.w(x.op)} {x.c}. Else {x.d}."
-    body = ("for x in xs:", f"    if x {x.cmp} {x.k}:", f"        return x {x.op} {x.c}", f"return {x.d}")
-    return ("xs",), doc, body, ("list",)
+def _from(x: _Atoms) -> Piece:
+    op, k = x.rng.choice("+-"), x.k()
+    return f"{k} {WORDS[op]} each x", [f"out = {k}", "for x in xs:", f"    out = out {op} x"]
 
 
-def _bonus(x: _Draw) -> Parts:
-    doc = f"If {x.a} is {x.w(x.cmp)} {x.k}: {x.a} {x.w(x.op)} {x.c} first. Then {x.w(x.op2)} {x.b}."
-    body = (f"if {x.a} {x.cmp} {x.k}:", f"    {x.a} = {x.a} {x.op} {x.c}", f"return {x.a} {x.op2} {x.b}")
-    return (x.a, x.b), doc, body, ("int", "int")
+def _pass(x: _Atoms) -> Piece:
+    cmp, k = x.cmp(), x.k()
+    return f"sum of x {WORDS[cmp]} {k}", ["out = 0", "for x in xs:", f"    if x {cmp} {k}:", "        out = out + x"]
 
 
-def _walk(x: _Draw) -> Parts:
-    x.op = x.op if x.op != "*" else "+"
-    doc = f"Start at {x.k}, {x.w(x.op)} x for x in xs. Then {x.w(x.op2)} {x.c}."
-    return (
-        ("xs",),
-        doc,
-        (f"out = {x.k}", "for x in xs:", f"    out = out {x.op} x", f"return out {x.op2} {x.c}"),
-        ("list",),
-    )
+def _tally(x: _Atoms) -> Piece:
+    cmp, k = x.cmp(), x.k()
+    return f"count of x {WORDS[cmp]} {k}", ["out = 0", "for x in xs:", f"    if x {cmp} {k}:", "        out = out + 1"]
 
 
-def _chain3(x: _Draw) -> Parts:
-    doc = f"{x.a} {x.w(x.op)} {x.k}, then {x.w(x.op2)} {x.b}, then {x.w(x.op3)} {x.c}."
-    body = (f"out = {x.a} {x.op} {x.k}", f"out = out {x.op2} {x.b}", f"return out {x.op3} {x.c}")
-    return (x.a, x.b), doc, body, ("int", "int")
+def _step(x: _Atoms) -> Piece:
+    op, v = x.op(), x.value()
+    return f"{WORDS[op]} {v}", [f"out = out {op} {v}"]
 
 
-def _band(x: _Draw) -> Parts:
-    low, high = x.rng.choice((">", ">=")), x.rng.choice(("<", "<="))
-    doc = f"Sum of x in xs {x.w(low)} {x.low} and {x.w(high)} {x.high}, then {x.w(x.op)} {x.a}."
-    body = (
-        "out = 0",
-        "for x in xs:",
-        f"    if x {low} {x.low} and x {high} {x.high}:",
-        "        out = out + x",
-        f"return out {x.op} {x.a}",
-    )
-    return ("xs", x.a), doc, body, ("list", "int")
+def _gate(x: _Atoms) -> Piece:
+    cmp, k, op, v = x.cmp(), x.k(), x.op(), x.value()
+    return f"if {WORDS[cmp]} {k}, {WORDS[op]} {v}", [f"if out {cmp} {k}:", f"    out = out {op} {v}"]
 
 
-def _clamp(x: _Draw) -> Parts:
-    doc = f"The larger of {x.a} and {x.low}, then {x.w(x.op)} {x.b}. Then the smaller of that and {x.high}."
-    body = (f"out = max({x.a}, {x.low})", f"out = out {x.op} {x.b}", f"return min(out, {x.high})")
-    return (x.a, x.b), doc, body, ("int", "int")
+def _when(x: _Atoms) -> Piece:
+    cmp, k, op, v = x.cmp(), x.k(), x.op(), x.k()
+    return f"if {x.b} {WORDS[cmp]} {k}, {WORDS[op]} {v}", [f"if {x.b} {cmp} {k}:", f"    out = out {op} {v}"]
 
 
-def _modcount(x: _Draw) -> Parts:
-    doc = f"Count of x in xs with x mod {x.high} equal to {x.low}, then {x.w(x.op)} {x.c}."
-    body = (
-        "out = 0",
-        "for x in xs:",
-        f"    if x % {x.high} == {x.low}:",
-        "        out = out + 1",
-        f"return out {x.op} {x.c}",
-    )
-    return ("xs",), doc, body, ("list",)
+def _end(x: _Atoms) -> Piece:
+    op, v = x.op(), x.value()
+    return f"{WORDS[op]} {v}", [f"return out {op} {v}"]
 
 
-TRAIN: dict[str, Callable[[_Draw], Parts]] = {
-    "chain": _chain,
-    "branch": _branch,
-    "fold": _fold,
-    "count": _count,
-    "within": _within,
-    "larger": _larger,
-    "mod": _mod,
-    "first": _first,
-    "bonus": _bonus,
-    "walk": _walk,
+def _test(x: _Atoms) -> Piece:
+    cmp, k = x.cmp(), x.k()
+    return f"is it {WORDS[cmp]} {k}", [f"return out {cmp} {k}"]
+
+
+def _cap(x: _Atoms) -> Piece:
+    name, k = x.rng.choice(("max", "min")), x.k()
+    return f"{WORDS[name]} of it and {k}", [f"return {name}(out, {k})"]
+
+
+def _mod(x: _Atoms) -> Piece:
+    low, high = sorted((x.k(), x.k()))
+    return f"is it mod {high} equal to {low}", [f"return out % {high} == {low}"]
+
+
+PIECES: dict[str, Callable[[_Atoms], Piece]] = {
+    **{"lin": _lin, "pair": _pair, "pick": _pick, "sum": _sum, "from": _from, "pass": _pass, "tally": _tally},
+    **{"step": _step, "gate": _gate, "when": _when},
+    **{"end": _end, "test": _test, "cap": _cap, "mod": _mod},
 }
-HELD_OUT: dict[str, Callable[[_Draw], Parts]] = {
-    "chain3": _chain3,
-    "band": _band,
-    "clamp": _clamp,
-    "modcount": _modcount,
-}
+NAMES = list(PIECES)
+TEMPLATES = tuple(
+    "+".join([opening, *middle, closing]) for opening in NAMES[:7] for middle in ((), *((m,) for m in NAMES[7:10])) for closing in NAMES[10:]
+)
+HELD_OUT = tuple(t for t in TEMPLATES if zlib.crc32(t.encode()) % 5 == 0)
+TRAIN = tuple(t for t in TEMPLATES if t not in HELD_OUT)
 
 
 def draw(template: str, name: str, rng: random.Random) -> Function:
-    """A random function of a shape."""
-    params, doc, body, kinds = {**TRAIN, **HELD_OUT}[template](_Draw(rng))
-    return Function(template, name, params, doc[0].upper() + doc[1:] if doc[0] in "t" else doc, body, kinds)
+    """A random function of a template."""
+    atoms = _Atoms(rng, *rng.sample(SCALARS, 2))
+    pieces = [PIECES[p](atoms) for p in template.split("+")]
+    body = tuple(line for _, lines in pieces for line in lines)
+    used = set(re.findall(r"\w+", " ".join(body)))
+    params = tuple(p for p in ("xs", atoms.a, atoms.b) if p in used)
+    doc = "; ".join(phrase for phrase, _ in pieces) + "."
+    return Function(template, name, params, doc, body, tuple("list" if p == "xs" else "int" for p in params))
 
 
 TOKEN = re.compile(r"\d+|[A-Za-z_]+|<=|>=|==|!=|[-+*<>%=]|\s+|.")
@@ -195,12 +170,12 @@ TOKEN = re.compile(r"\d+|[A-Za-z_]+|<=|>=|==|!=|[-+*<>%=]|\s+|.")
 def mutants(function: Function, line: int) -> list[tuple[str, str]]:
     """Every one-token change of one body line, as (kind, new line).
 
-    Kinds: operator, compare, constant (off by one), variable, minmax, boolean.
+    Kinds: operator, compare, constant (off by one), variable, minmax.
     """
     tokens = TOKEN.findall(function.body[line])
     scope = [p for p, kind in zip(function.params, function.kinds, strict=True) if kind == "int"]
     scope += ["x"] if "xs" in function.params else []
-    scope += ["out"] if any(row.startswith("out") for row in function.body) else []
+    scope += ["out"]
     found = []
     for at, token in enumerate(tokens):
         assigned = "=" in tokens[at + 1 : at + 3] or "for" in tokens[:at]
@@ -219,8 +194,6 @@ def changes(token: str, scope: list[str]) -> list[tuple[str, str]]:
         return [("constant", str(int(token) + step)) for step in (-1, 1)]
     if token in ("min", "max"):
         return [("minmax", "max" if token == "min" else "min")]
-    if token in ("and", "or"):
-        return [("boolean", "or" if token == "and" else "and")]
     if token in scope:
         return [("variable", t) for t in scope if t != token]
     return []

@@ -1,12 +1,19 @@
 """Trajectories: parallel lists, the token-exactness assertion, JSON there and back."""
 
 import pytest
+
 from agents.trajectory import Group, Segment, Trajectory
 from policy.completion import Completion, digest
 
 
 def completion(ids, prompt, versions=None):
-    return Completion(token_ids=ids, logprobs=[-0.5] * len(ids), versions=versions or [3] * len(ids), finish="stop", prompt_digest=digest(prompt))
+    return Completion(
+        token_ids=ids,
+        logprobs=[-0.5] * len(ids),
+        versions=versions or [3] * len(ids),
+        finish="stop",
+        prompt_digest=digest(prompt),
+    )
 
 
 def test_two_turns_by_hand():

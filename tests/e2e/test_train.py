@@ -9,16 +9,30 @@ import time
 from pathlib import Path
 
 import pytest
+
 from agents.trajectory import Trajectory
 from policy.renderer import Renderer
 from rl.journal import Journal, RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--learn.groups_per_step=3", "--rollout.group_size=4", "--rollout.episodes=16", "--eval.tasks=8", "--eval.every=2"]
+SMALL = [
+    "--learn.groups_per_step=3",
+    "--rollout.group_size=4",
+    "--rollout.episodes=16",
+    "--eval.tasks=8",
+    "--eval.every=2",
+]
 
 
 def command(*args, runs):
-    return [sys.executable, str(ROOT / "rl/train.py"), str(ROOT / "rl/recipes/tiny.toml"), f"--runs={runs}", *SMALL, *args]
+    return [
+        sys.executable,
+        str(ROOT / "rl/train.py"),
+        str(ROOT / "rl/recipes/tiny.toml"),
+        f"--runs={runs}",
+        *SMALL,
+        *args,
+    ]
 
 
 def train(*args, runs, **kwargs):
@@ -49,7 +63,15 @@ def run(tmp_path_factory):
 
 def test_two_steps_leave_everything(run):
     directory, out = run
-    for name in ("recipe.toml", "journal.sqlite", "metrics.jsonl", "report.html", "model/config.json", "model/model.safetensors", "model/tokenizer.json"):
+    for name in (
+        "recipe.toml",
+        "journal.sqlite",
+        "metrics.jsonl",
+        "report.html",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+    ):
         assert (directory / name).is_file(), name
     assert list((directory / "tensorboard").iterdir()) and list((directory / "checkpoints").glob("step-000002"))
     assert [r["step"] for r in rows(directory, "step")] == [1, 2]
@@ -105,7 +127,12 @@ def wait_for(path, text, process, seconds=200):
 def test_resume_after(how, tmp_path):
     log = tmp_path / "log"
     with log.open("w") as handle:
-        process = subprocess.Popen(command("--steps=30", "--checkpoint_every=2", "--eval.every=0", runs=tmp_path), stdout=handle, stderr=handle, start_new_session=True)
+        process = subprocess.Popen(
+            command("--steps=30", "--checkpoint_every=2", "--eval.every=0", runs=tmp_path),
+            stdout=handle,
+            stderr=handle,
+            start_new_session=True,
+        )
     wait_for(log, "step 3/30", process)
     if how == signal.SIGKILL:
         os.killpg(process.pid, how)  # driver, raylet and actors at once
@@ -118,7 +145,9 @@ def test_resume_after(how, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed at step" in done.stdout
     states = finished(tmp_path / "tiny")
-    assert sorted(e.trained_step for e in states["trained"]) == sorted(s for s in range(1, reached + 3) for _ in range(3))
+    assert sorted(e.trained_step for e in states["trained"]) == sorted(
+        s for s in range(1, reached + 3) for _ in range(3)
+    )
     assert [r["step"] for r in rows(tmp_path / "tiny", "step")] == list(range(1, reached + 3))
 
 
@@ -191,8 +220,24 @@ def test_threads_with_one_worker_is_one_stack(tmp_path):
         "        breakpoint()\n"
         "        return '', 1.0, True, False, {}\n"
     )
-    args = command("--steps=1", "--spawn", "threads", "--workers", "1", "--env.id=mine:Mine", "--env.kwargs={}", "--eval.every=0", runs=tmp_path)
+    args = command(
+        "--steps=1",
+        "--spawn",
+        "threads",
+        "--workers",
+        "1",
+        "--env.id=mine:Mine",
+        "--env.kwargs={}",
+        "--eval.every=0",
+        runs=tmp_path,
+    )
     done = subprocess.run(
-        args, input="p 'stopped at', action is not None\nq\n", capture_output=True, text=True, timeout=200, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+        args,
+        input="p 'stopped at', action is not None\nq\n",
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert "('stopped at', True)" in done.stdout, done.stdout[-1000:] + done.stderr[-1000:]

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from envs.sandbox.base import FileChange, Result
 from envs.swe.grading import claims, grade, judge, keep, patch_similarity, reward_binary, reward_cwm, sentinels
 from envs.tiny import repairs
@@ -46,7 +47,8 @@ FORGERIES = {
     "SystemExit at import": START + b"\nraise SystemExit(0)\n",
     "prints every pass": START + b"\nprint(%s)\n" % repr("\n".join(f"PASS {t}" for t in TASK.grader.expected)).encode(),
     "prints every pass, then exits 1": START
-    + b"\nimport os\nprint(%s, flush=True)\nos._exit(1)\n" % repr("\n".join(f"PASS {t}" for t in TASK.grader.expected)).encode(),
+    + b"\nimport os\nprint(%s, flush=True)\nos._exit(1)\n"
+    % repr("\n".join(f"PASS {t}" for t in TASK.grader.expected)).encode(),
     "equal to anything": START
     + b"\nclass A(int):\n    __eq__ = lambda s, o: True\n    __hash__ = None\n"
     + b"".join(b"\n%s = lambda *a: A()\n" % n.encode() for n in ("share", "load")),
@@ -75,8 +77,17 @@ def test_forgeries_do_not_pay(native, name, monkeypatch):
 
 def test_what_the_filter_drops(native):
     evil = b"import sys\nsys.exit(0)\n"
-    names = ["runner.py", f"tests/test_{PATH}", "conftest.py", "sub/conftest.py", "sitecustomize.py", "x.pth", "a/__pycache__/b.pyc", ".git/hooks/x"]
-    verdict = attempt(native, **{n: evil for n in names}, **{PATH: GOLD})
+    names = [
+        "runner.py",
+        f"tests/test_{PATH}",
+        "conftest.py",
+        "sub/conftest.py",
+        "sitecustomize.py",
+        "x.pth",
+        "a/__pycache__/b.pyc",
+        ".git/hooks/x",
+    ]
+    verdict = attempt(native, **dict.fromkeys(names, evil), **{PATH: GOLD})
     assert verdict.outcome == "resolved"
     assert sorted(verdict.dropped) == sorted(names)
 
@@ -87,16 +98,27 @@ def test_a_shadowing_module_does_not_help(native):
 
 
 def test_keep_refuses_paths_outside_and_huge_patches():
-    kept, dropped = keep({"../x": FileChange(b""), "/etc/x": FileChange(b""), "big": FileChange(b"x" * (2 << 20)), "gone.py": FileChange(None)})
+    kept, dropped = keep(
+        {
+            "../x": FileChange(b""),
+            "/etc/x": FileChange(b""),
+            "big": FileChange(b"x" * (2 << 20)),
+            "gone.py": FileChange(None),
+        }
+    )
     assert kept == {"gone.py": None} or set(dropped) >= {"../x", "/etc/x", "big"}
 
 
-def test_sentinels_are_inverted_and_fail_for_right_code():
-    files, ids = sentinels({"tests/test_a.py": b"X = 1\ndef test_one():\n    assert X == 1\n    assert X == 2\n"}, random.Random(0))
+def test_sentinels_expect_another_value():
+    files, ids = sentinels(
+        {"tests/test_a.py": b"X = 1\ndef test_one():\n    assert X == 1\n    assert X == 2\n"}, random.Random(0)
+    )
     ((path, source),) = files.items()
     ((twin, original),) = ids.items()
     assert twin.startswith(f"{path}::test_") and original == "tests/test_a.py::test_one"
-    assert b"assert not X == 1" in source and b"X == 2" not in source and b"test_one" not in source
+    assert b"assert X == 2" in source and source.count(b"assert") == 1 and b"test_one" not in source
+    files, _ = sentinels({"tests/test_a.py": b"def test_one():\n    assert f(1) is g(2)\n"}, random.Random(0))
+    assert b"assert not f(1) is g(2)" in next(iter(files.values()))
 
 
 EXPECTED = {"t.py::a": "pass", "t.py::b": "pass"}
@@ -112,7 +134,10 @@ def said(text, exit_status=1, cause="exit"):
         (said("PASS t.py::a\nPASS t.py::b\nFAIL s.py::x"), "resolved"),
         (said("PASS t.py::a\nPASS t.py::b\nFAIL s.py::x", 0), "invalid"),  # status disagrees
         (said("PASS t.py::a\nPASS t.py::b\nPASS s.py::x"), "invalid"),  # sentinel passed
-        (said("FAIL t.py::a\nPASS t.py::b\nPASS s.py::x"), "unresolved"),  # wrong code fails a test, so its inversion passes
+        (
+            said("FAIL t.py::a\nPASS t.py::b\nPASS s.py::x"),
+            "unresolved",
+        ),  # wrong code fails a test, so its inversion passes
         (said("PASS t.py::a\nPASS t.py::b"), "invalid"),  # sentinel missing
         (said("PASS t.py::a\nFAIL s.py::x"), "unresolved"),  # id missing
         (said("PASS t.py::a\nPASS t.py::b\nFAIL t.py::b\nFAIL s.py::x"), "unresolved"),  # said both ways
@@ -127,7 +152,10 @@ def test_the_rule(result, outcome):
 
 
 def test_claims_reads_pytest_too():
-    assert claims("PASSED t.py::a\nFAILED t.py::b - assert 1 == 2\nnoise PASS t.py::c") == {"t.py::a": "pass", "t.py::b": "fail"}
+    assert claims("PASSED t.py::a\nFAILED t.py::b - assert 1 == 2\nnoise PASS t.py::c") == {
+        "t.py::a": "pass",
+        "t.py::b": "fail",
+    }
 
 
 def test_patch_similarity_by_hand():

@@ -1,6 +1,7 @@
 """tiny-repairs: tasks are functions of (split, index), disjoint by normalised source, sound, and many."""
 
 import pytest
+
 from envs.tiny import repairs
 from envs.tiny.experts import Expert, Noise
 from envs.tiny.templates import HELD_OUT, TRAIN
@@ -25,14 +26,13 @@ def test_splits_are_disjoint_by_normalised_source(sets):
     assert not seen["validation"] & seen["templates"]
     # The split is a function of the source, so the sets are disjoint at any size, not only at this one.
     for task in sets["validation"]:
-        module = task.files(task.setup)[task.provenance["module"]].decode()
-        start = next(f for f in module.split("\n\n\n") if task.provenance["line"] in f)
-        assert repairs.split_of(start) == "validation"
+        assert repairs.split_of(task.files(task.setup)[task.provenance["module"]].decode()) == "validation"
 
 
 def test_held_out_templates_occur_nowhere_else(sets):
     assert {t.provenance["template"] for t in sets["templates"]} == set(HELD_OUT)
-    assert {t.provenance["template"] for t in sets["train"] + sets["validation"]} == set(TRAIN)
+    assert {t.provenance["template"] for t in sets["train"] + sets["validation"]} <= set(TRAIN)
+    assert not set(TRAIN) & set(HELD_OUT) and len(HELD_OUT) > 15 and len(TRAIN) > 80
 
 
 def test_there_are_thousands_of_distinct_tasks():

@@ -1,14 +1,14 @@
 """The minimal runner agrees with pytest: on every template with right and wrong code, and on 200 mutants."""
 
-import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
 from envs.tiny import repairs
-from envs.tiny.templates import HELD_OUT, TRAIN
+from envs.tiny.templates import TEMPLATES
 
 RUNNER = Path(repairs.__file__).parent / "runner.py"
 
@@ -29,7 +29,18 @@ def mini(root: Path) -> tuple[int, dict[str, str]]:
 def by_pytest(root: Path) -> dict[str, dict[str, str]]:
     """Verdicts of pytest for many repositories in one run: repository → test id → PASS or FAIL."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-rA", "--tb=no", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "."],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-rA",
+            "--tb=no",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--import-mode=importlib",
+            ".",
+        ],
         cwd=root,
         capture_output=True,
         text=True,
@@ -44,19 +55,17 @@ def by_pytest(root: Path) -> dict[str, dict[str, str]]:
 def repositories(tmp_path_factory):
     """Every template right and wrong, and 200 mutants, each with its visible and its hidden tests."""
     root = tmp_path_factory.mktemp("repos")
-    tasks, seen = [], set()
+    right, wrong = {}, []
     for split in ("train", "templates"):
-        for index in range(150):
+        for index in range(1500):
             task = repairs.task(split, index)
-            if task.provenance["template"] not in seen:
-                seen.add(task.provenance["template"])
-                tasks.append((task, True))
-            tasks.append((task, False))
-    assert seen == set(TRAIN) | set(HELD_OUT)
-    random.Random(0).shuffle(tasks)
-    wrong = [t for t in tasks if not t[1]][:200]
-    for number, (task, right) in enumerate([t for t in tasks if t[1]] + wrong):
-        files = task.files(task.setup) | (task.files(task.grader.gold) if right else {}) | task.files(task.grader.hidden)
+            right.setdefault(task.provenance["template"], task)
+            wrong += [task] if index < 100 else []
+    assert set(right) == set(TEMPLATES) and len(wrong) == 200
+    for number, (task, gold) in enumerate([*((t, True) for t in right.values()), *((t, False) for t in wrong)]):
+        files = (
+            task.files(task.setup) | (task.files(task.grader.gold) if gold else {}) | task.files(task.grader.hidden)
+        )
         # pytest imports all repositories into one process: give each its own path, as a process of its own would.
         head = b"import sys, os; sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))\n"
         head += b"[sys.modules.pop(m, None) for m in %r]\n" % (list(repairs.MODULES),)
@@ -66,7 +75,7 @@ def repositories(tmp_path_factory):
 
 def test_agrees_with_pytest_on_every_template_and_200_mutants(repositories):
     verdicts = by_pytest(repositories)
-    assert len(verdicts) >= 200 + len(TRAIN) + len(HELD_OUT)
+    assert len(verdicts) == 200 + len(TEMPLATES)
     failures = 0
     for repo, theirs in verdicts.items():
         status, ours = mini(repositories / repo)
@@ -89,7 +98,9 @@ def test_agrees_with_pytest_on_every_template_and_200_mutants(repositories):
 def test_exit_status_is_pytests(tmp_path, source, status):
     write(tmp_path, {"runner.py": RUNNER.read_bytes(), "tests/test_x.py": source.encode()})
     assert mini(tmp_path)[0] == status
-    theirs = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"], cwd=tmp_path, capture_output=True)
+    theirs = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"], cwd=tmp_path, capture_output=True
+    )
     assert theirs.returncode == status
 
 

@@ -1,7 +1,8 @@
 """`codeworld/SWE-v0` played by hand and by scripts, and the checker over every registered id."""
 
-import envs
 import pytest
+
+import envs
 from envs.errors import InfraError
 from envs.swe.env import SWEEnv
 from envs.tiny import repairs
@@ -9,7 +10,9 @@ from envs.tiny.experts import SUBMIT, bash, edit
 
 TASK = repairs.task("train", 3)
 P = TASK.provenance
-INDENT = next(line for line in TASK.files(TASK.setup)[P["module"]].decode().split("\n") if line.strip() == P["line"].strip())
+INDENT = next(
+    line for line in TASK.files(TASK.setup)[P["module"]].decode().split("\n") if line.strip() == P["line"].strip()
+)
 
 
 @pytest.fixture
@@ -134,7 +137,9 @@ class Broken(envs.Env):
         return "", reward, self.how != "endless", False, {"stop": "tired"} if self.how == "stop" else {}
 
 
-@pytest.mark.parametrize(("how", "said"), [("statement", "reset"), ("reward", "nan"), ("endless", "no end"), ("stop", "tired")])
+@pytest.mark.parametrize(
+    ("how", "said"), [("statement", "reset"), ("reward", "reward"), ("endless", "no end"), ("stop", "tired")]
+)
 def test_the_checker_names_the_broken_rule(how, said):
     with pytest.raises(ValueError, match=f"(?i){said}"):
         envs.check_env(Broken(how))

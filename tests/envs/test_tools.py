@@ -1,6 +1,7 @@
 """Tools: the wire format, and edits that are exact, in a real sandbox."""
 
 import pytest
+
 from envs import tools
 from envs.tools import FormatError, ToolCall, parse
 
@@ -32,7 +33,14 @@ def test_what_is_no_call_says_so(action, said):
 
 @pytest.fixture
 def sandbox(native):
-    box = native.create(files={"a.py": b"x = 1\ny = 2\nx = 1\n", "crlf.txt": b"one\r\ntwo\r\n", "latin.txt": b"caf\xe9\n", "d/b.py": b"z\n"})
+    box = native.create(
+        files={
+            "a.py": b"x = 1\ny = 2\nx = 1\n",
+            "crlf.txt": b"one\r\ntwo\r\n",
+            "latin.txt": b"caf\xe9\n",
+            "d/b.py": b"z\n",
+        }
+    )
     yield box
     box.close()
 
@@ -79,7 +87,8 @@ def test_create(sandbox):
     assert tools.create(sandbox, "d/new.py\na\nb") == "Created d/new.py."
     assert sandbox.read("d/new.py") == b"a\nb\n"
     assert "exists" in tools.create(sandbox, "a.py\nx")
-    assert tools.create(sandbox, "nodir/x.py\nx").startswith("Error: nodir/x.py does not exist")
+    assert tools.create(sandbox, "new/x.py\nx") == "Created new/x.py."
+    assert "is a directory" in tools.create(sandbox, "d\nx")
 
 
 def test_paths_follow_the_shell(sandbox):

@@ -3,10 +3,15 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from policy.completion import digest
 from policy.renderer import BEGIN, END, MARKERS, Renderer, header, train_tokenizer
 
-CORPUS = ["<tool: bash>\ncat shop.py\n</tool>", "def f(a, b):\n    return a + b\n", "f(1, 2) in shop.py gives 3, not 2."] * 20
+CORPUS = [
+    "<tool: bash>\ncat shop.py\n</tool>",
+    "def f(a, b):\n    return a + b\n",
+    "f(1, 2) in shop.py gives 3, not 2.",
+] * 20
 
 
 @pytest.fixture(scope="module")

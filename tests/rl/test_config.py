@@ -1,8 +1,7 @@
 """Recipes: every committed one loads, its resolved form is the same run, and mistakes are one line with a remedy."""
 
-from pathlib import Path
-
 import pytest
+
 from rl.config import ROOT, dump, load
 
 RECIPES = sorted([*(ROOT / "rl" / "recipes").glob("*.toml"), *(ROOT / "examples").glob("*.toml")])
@@ -18,7 +17,10 @@ def test_committed_recipes_load_and_resolve(path, tmp_path):
 
 
 def test_overrides():
-    config = load(RECIPES[-1], ["steps=3", "learn.lr=1e-5", "env.split=validation", 'eval.splits=["train"]', "env.kwargs.reward=cwm"])
+    config = load(
+        RECIPES[-1],
+        ["steps=3", "learn.lr=1e-5", "env.split=validation", 'eval.splits=["train"]', "env.kwargs.reward=cwm"],
+    )
     assert (config.steps, config.learn.lr, config.env.split, config.eval.splits) == (3, 1e-5, "validation", ("train",))
     assert config.env.kwargs["reward"] == "cwm"
 
@@ -50,5 +52,3 @@ def test_a_missing_or_broken_recipe(tmp_path):
     bad.write_text("steps = = 3")
     with pytest.raises(ValueError, match="is not TOML"):
         load(bad)
-
-

@@ -1,0 +1,52 @@
+/* What the parts of the helper share. The helper is one static binary with two uses:
+ *
+ * helper zygote FD        Reads requests on the seqpacket socket FD. A request is a list of operations (launch.c), the
+ *                         control stream of the new sandbox attached. Clones the sandbox, reaps it and removes its
+ *                         cgroups; the control stream reaches end of file on the owner's side only after that. Ends,
+ *                         and every sandbox with it, when FD closes or the process that started it dies.
+ * helper broker SOCK DIR  PID 1 of a container: connects to the unix socket SOCK and serves the same control stream.
+ */
+#ifndef HELPER_H
+#define HELPER_H
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define FRAME_MAX (8u << 20)
+
+extern int ctl;   /* the control stream of this sandbox */
+extern int sigfd; /* SIGCHLD of this process */
+
+/* wire.c */
+void *must(void *p);                              /* ends the process when an allocation failed */
+void read_all(int fd, void *data, size_t n);      /* ends the process when the owner is gone, as does frame */
+void frame(int fd, char kind, const void *a, size_t na, const void *b, size_t nb);
+void fail(int fd, const char *what, const char *arg);
+__attribute__((noreturn)) void die(const char *what, const char *arg);
+int put(const char *path, const char *text);      /* writes a short text to an existing file; -1 with errno */
+
+/* filter.c */
+void filter(int no_rlimit_escape);
+
+/* broker.c */
+void prepare_broker(const char *dir);
+__attribute__((noreturn)) void broker(void);
+
+#endif

@@ -1,0 +1,90 @@
+"""One episode: the tokens are what was sampled, limits end it, infrastructure is data."""
+
+import pytest
+
+import envs
+from agents.episode import run_episode
+from envs.errors import InfraError
+from policy.completion import Sampling
+from policy.renderer import Renderer, train_tokenizer
+from policy.scripted import ScriptedPolicy, replies
+
+
+class Count(envs.Env):
+    """Ends when told to stop; the return counts turns."""
+
+    context_tokens = 60
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return f"task {seed} of {(options or {}).get('split')}", {"task_id": f"count/{seed}"}
+
+    def step(self, action):
+        if action == "crash":
+            raise InfraError("the sandbox died")
+        return f"you said {action}", 1.0, action == "stop", False, {"tool": "bash"}
+
+
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["go on stop you said task of train crash"] * 10, 400).save(str(path / "tokenizer.json"))
+    return Renderer(path)
+
+
+def play(renderer, *actions, **kwargs):
+    policy = ScriptedPolicy(renderer, replies(*actions), version=7)
+    return run_episode(
+        Count(), policy, renderer, Sampling(max_tokens=20), episode="e", seed=3, options={"split": "train"}, **kwargs
+    )
+
+
+def test_tokens_are_the_messages_and_nothing_else(renderer):
+    trajectory = play(renderer, "go on", "stop")
+    (segment,) = trajectory.segments
+    expected = renderer.start("task 3 of train")
+    first = [*renderer.encode("go on"), renderer.end_id]
+    expected += (
+        first + renderer.extend(first[-1], "tool: bash", "you said go on") + [*renderer.encode("stop"), renderer.end_id]
+    )
+    assert segment.token_ids == expected
+    assert [i for i, m in zip(segment.token_ids, segment.loss_mask, strict=True) if m] == first + [
+        *renderer.encode("stop"),
+        renderer.end_id,
+    ]
+    assert (trajectory.reward, trajectory.turns, trajectory.stop, trajectory.outcome) == (
+        2.0,
+        2,
+        "submitted",
+        "resolved",
+    )
+    assert (trajectory.task_id, trajectory.oldest_version, trajectory.newest_version) == ("count/3", 7, 7)
+
+
+def test_the_context_ends_an_episode(renderer):
+    trajectory = play(renderer, "go on")
+    assert trajectory.stop == "context_limit" and trajectory.outcome == "unresolved"
+    assert sum(len(s) for s in trajectory.segments) <= 60 + 20
+
+
+def test_infrastructure_is_data_without_a_reward(renderer):
+    trajectory = play(renderer, "go on", "crash")
+    assert (trajectory.reward, trajectory.outcome, trajectory.stop) == (None, "infra", "infra")
+    assert trajectory.info["why"] == "the sandbox died" and not trajectory.trainable
+
+
+def test_the_cwm_style_wraps_and_counts(renderer):
+    class Tools(Count):
+        context_tokens = 4000
+        tools = ("bash", "submit")
+
+    policy = ScriptedPolicy(renderer, replies("go on", "stop"))
+    trajectory = run_episode(Tools(), policy, renderer, Sampling(max_tokens=20), episode="e", seed=0, style="cwm")
+    text = renderer.decode(trajectory.segments[0].token_ids)
+    assert "<output>\nyou said go on\n</output>\n<budget>\nturns: " in text and "# Environment" in text
+
+
+def test_the_clock_hears_what_time_goes_into(renderer):
+    heard = []
+    play(renderer, "go on", "stop", clock=heard.append)
+    assert heard == ["reset", "wait_policy", "env", "wait_policy", "env"]

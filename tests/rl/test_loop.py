@@ -1,0 +1,134 @@
+"""The loop with real parts on threads: scripted actions through real workers, sandboxes, learner and engine."""
+
+import json
+import random
+
+import pytest
+
+from agents.trajectory import Trajectory
+from envs.errors import InfraError
+from envs.tiny import repairs
+from envs.tiny.experts import Expert, Noise
+from policy.scripted import ScriptedPolicy
+from rl import parts, train
+from rl.config import ROOT, load
+from rl.journal import Journal
+
+SMALL = [
+    "rollout.spawn=threads", "rollout.workers=4", "rollout.group_size=4", "learn.groups_per_step=2", "steps=2", "eval.tasks=4", "eval.every=1",
+    "checkpoint_every=1",
+]  # fmt: skip
+
+
+class Experts:
+    """A script per episode: the task is known by the statement, the noise by the episode's name."""
+
+    def __init__(self):
+        self.tasks = {}
+        self.experts = {}
+
+    def __call__(self, episode, observation):
+        if episode not in self.experts:
+            group, index = (
+                episode.split("/")[:2] if episode.startswith("g") else (episode.split("/")[1], episode.split("/")[3])
+            )
+            split = "train" if group.startswith("g") else group
+            task = repairs.task(split, int(index))
+            noise = Noise(right=0.5, miss=0.0, skip=0.0, detour=0.0, test=0.0)
+            self.experts[episode] = Expert(task, random.Random(episode), noise)
+        return self.experts[episode](observation)
+
+
+class ScriptedEngine(parts.EnginePart):
+    """The engine with a scripted mouth: weights, versions and scores are real."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        from policy.renderer import Renderer
+
+        self.script = ScriptedPolicy(Renderer(config.model), Experts())
+
+    def generate(self, *args):
+        return self.script.generate(*args)
+
+    def release(self, episode):
+        self.script.release(episode)
+
+    def publish(self, version, weights):
+        self.script.version = super().publish(version, weights)
+        return version
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    monkeypatch.setattr(parts, "EnginePart", ScriptedEngine)
+
+
+def config(tmp_path, *more):
+    return load(ROOT / "rl/recipes/tiny.toml", [*SMALL, f"runs={tmp_path}", *more])
+
+
+def test_scripted_experts_through_the_real_loop(scripted, tmp_path):
+    summary = train.train(config(tmp_path))
+    assert "16 trajectories trained, token ids asserted on every one" in summary and "bottleneck:" in summary
+    lines = [line for p in (tmp_path / "tiny" / "trajectories").iterdir() for line in p.read_text().splitlines()]
+    played = [Trajectory.from_json(line) for line in lines]
+    assert {t.outcome for t in played} == {"resolved", "unresolved"}
+    assert all((t.reward == 1.0) == (t.outcome == "resolved") for t in played)
+    assert all(t.stop == "submitted" and t.turns == 3 for t in played)
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r["step"]) for r in rows if r["kind"] == "step"] == [("step", 1), ("step", 2)]
+    assert sorted(r["step"] for r in rows if r["kind"] == "eval") == [0, 1, 2]
+
+
+def test_infrastructure_failures_are_masked_and_refilled(scripted, tmp_path, monkeypatch):
+    """Every fourth sandbox dies at its first command: no reward comes of it, and every batch is full all the same."""
+    from envs.sandbox import native
+
+    real, calls = native.NativeSandbox.run, [0]
+
+    def run(self, script, **kwargs):
+        if script.startswith("cat"):
+            calls[0] += 1
+            if calls[0] % 4 == 0:
+                self.close()
+                raise InfraError("killed by the test")
+        return real(self, script, **kwargs)
+
+    monkeypatch.setattr(native.NativeSandbox, "run", run)
+    summary = train.train(config(tmp_path, "eval.every=0"))
+    assert "episodes lost to infrastructure: 0" not in summary
+    journal = Journal(tmp_path / "tiny" / "journal.sqlite")
+    trained = [e for e in journal.entries() if e.state == "trained"]
+    journal.close()
+    assert sorted(e.trained_step for e in trained) == [1, 1, 2, 2]
+    for path in (tmp_path / "tiny" / "trajectories").iterdir():
+        for line in path.read_text().splitlines():
+            trajectory = Trajectory.from_json(line)
+            assert (trajectory.reward is None) == (trajectory.outcome == "infra")
+
+
+def test_a_broken_parity_stops_the_run(scripted, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        ScriptedEngine, "score", lambda self, s: [[x + 0.001 for x in row] for row in self.engine.score(s)]
+    )
+    with pytest.raises(InfraError, match="differ by 1.00e-03 nats under version 1"):
+        train.train(config(tmp_path))
+
+
+def test_the_authors_mistake_is_an_exception_with_its_line(scripted, tmp_path, monkeypatch):
+    from envs.swe.env import SWEEnv
+
+    def step(self, action):
+        raise ZeroDivisionError("in the env")
+
+    monkeypatch.setattr(SWEEnv, "step", step)
+    with pytest.raises(ZeroDivisionError, match="in the env"):
+        train.train(config(tmp_path))
+
+
+@pytest.mark.parametrize("stale", ["wait", "drop"])
+def test_staleness_is_bounded(scripted, tmp_path, stale):
+    train.train(config(tmp_path, f"learn.stale={stale}", "learn.max_staleness=1", "steps=4", "eval.every=0"))
+    rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert max(r["staleness_max"] for r in rows if r["kind"] == "step") <= 1
