@@ -21,15 +21,27 @@ In `play` an action ends with an empty line; `bash COMMAND` and `submit` are sho
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser("python -m envs", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        "python -m envs", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = p.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", help="what this host can enforce")
     doctor.add_argument("--json", metavar="F", help="write the table to a file as well")
-    play = commands.add_parser("play", help="play an environment by hand", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    play.add_argument("env", nargs="?", default="codeworld/SWE-v0", help="registered id or module:Class (default: %(default)s)")
+    play = commands.add_parser(
+        "play", help="play an environment by hand", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    play.add_argument(
+        "env", nargs="?", default="codeworld/SWE-v0", help="registered id or module:Class (default: %(default)s)"
+    )
     play.add_argument("--task", type=int, default=0, help="task index (default: %(default)s)")
     play.add_argument("--split", default="train", help="split (default: %(default)s)")
-    play.add_argument("--kwargs", type=json.loads, default={}, metavar="JSON", help='constructor arguments, e.g. \'{"backend": "docker"}\'')
+    play.add_argument(
+        "--kwargs",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='constructor arguments, e.g. \'{"backend": "docker"}\'',
+    )
     return p
 
 
@@ -67,7 +79,9 @@ def play(args: Any) -> int:
             total += float(reward)
             print(observation, end="" if observation.endswith("\n") else "\n")
             if terminated or truncated:
-                print(f"end: {info.get('stop', 'submitted')}, outcome {info.get('outcome', '-')}, return {total:g}. {info.get('why', '')}")
+                print(
+                    f"end: {info.get('stop', 'submitted')}, outcome {info.get('outcome', '-')}, return {total:g}. {info.get('why', '')}"
+                )
                 return 0
     finally:
         env.close()
@@ -85,7 +99,9 @@ def doctor(args: Any) -> int:
     if args.json:
         from pathlib import Path
 
-        Path(args.json).write_text(json.dumps([{"what": w, "value": v, "remedy": r} for w, v, r in rows], indent=1) + "\n")
+        Path(args.json).write_text(
+            json.dumps([{"what": w, "value": v, "remedy": r} for w, v, r in rows], indent=1) + "\n"
+        )
     return 0
 
 

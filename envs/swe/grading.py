@@ -93,7 +93,10 @@ def _twin(node: ast.Assert) -> ast.Assert:
             value = ...
         if value is not ...:
             other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else [value]
-            return ast.Assert(test=ast.Compare(left=test.left, ops=test.ops, comparators=[ast.parse(repr(other), mode="eval").body]), msg=None)
+            return ast.Assert(
+                test=ast.Compare(left=test.left, ops=test.ops, comparators=[ast.parse(repr(other), mode="eval").body]),
+                msg=None,
+            )
     return ast.Assert(test=ast.UnaryOp(op=ast.Not(), operand=test), msg=None)
 
 

@@ -122,7 +122,9 @@ def _asserts(name: str, cases: list[tuple[str, Any, Any]]) -> str:
 
 def _tests(module: str, function: Function, parts: list[tuple[str, list[tuple[str, Any, Any]]]]) -> bytes:
     """A test file in pytest's form."""
-    return "\n\n".join([f"from {module} import {function.name}\n", *(_asserts(name, cases) for name, cases in parts)]).encode()
+    return "\n\n".join(
+        [f"from {module} import {function.name}\n", *(_asserts(name, cases) for name, cases in parts)]
+    ).encode()
 
 
 def _own_cases(function: Function, rng: random.Random, n: int) -> list[tuple[str, Any, Any]]:

@@ -39,7 +39,10 @@ class Function:
     def arguments(self, rng: random.Random) -> tuple[object, ...]:
         """A random call: integers 0–12 (0–20 where there is only one), lists of 3–5 integers 0–10."""
         top = 20 if self.kinds == ("int",) else 12
-        return tuple(rng.randint(0, top) if k == "int" else [rng.randint(0, 10) for _ in range(rng.randint(3, 5))] for k in self.kinds)
+        return tuple(
+            rng.randint(0, top) if k == "int" else [rng.randint(0, 10) for _ in range(rng.randint(3, 5))]
+            for k in self.kinds
+        )
 
 
 class _Atoms:
@@ -141,13 +144,27 @@ def _mod(x: _Atoms) -> Piece:
 
 
 PIECES: dict[str, Callable[[_Atoms], Piece]] = {
-    **{"lin": _lin, "pair": _pair, "pick": _pick, "sum": _sum, "from": _from, "pass": _pass, "tally": _tally},
-    **{"step": _step, "gate": _gate, "when": _when},
-    **{"end": _end, "test": _test, "cap": _cap, "mod": _mod},
+    "lin": _lin,
+    "pair": _pair,
+    "pick": _pick,
+    "sum": _sum,
+    "from": _from,
+    "pass": _pass,
+    "tally": _tally,
+    "step": _step,
+    "gate": _gate,
+    "when": _when,
+    "end": _end,
+    "test": _test,
+    "cap": _cap,
+    "mod": _mod,
 }
 NAMES = list(PIECES)
 TEMPLATES = tuple(
-    "+".join([opening, *middle, closing]) for opening in NAMES[:7] for middle in ((), *((m,) for m in NAMES[7:10])) for closing in NAMES[10:]
+    "+".join([opening, *middle, closing])
+    for opening in NAMES[:7]
+    for middle in ((), *((m,) for m in NAMES[7:10]))
+    for closing in NAMES[10:]
 )
 HELD_OUT = tuple(t for t in TEMPLATES if zlib.crc32(t.encode()) % 5 == 0)
 TRAIN = tuple(t for t in TEMPLATES if t not in HELD_OUT)

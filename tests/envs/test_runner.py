@@ -63,9 +63,7 @@ def repositories(tmp_path_factory):
             wrong += [task] if index < 100 else []
     assert set(right) == set(TEMPLATES) and len(wrong) == 200
     for number, (task, gold) in enumerate([*((t, True) for t in right.values()), *((t, False) for t in wrong)]):
-        files = (
-            task.files(task.setup) | (task.files(task.grader.gold) if gold else {}) | task.files(task.grader.hidden)
-        )
+        files = task.files(task.setup) | (task.files(task.grader.gold) if gold else {}) | task.files(task.grader.hidden)
         # pytest imports all repositories into one process: give each its own path, as a process of its own would.
         head = b"import sys, os; sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))\n"
         head += b"[sys.modules.pop(m, None) for m in %r]\n" % (list(repairs.MODULES),)

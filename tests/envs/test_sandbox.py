@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from envs.errors import SandboxDead, Unsupported
-from envs.sandbox import Backend, FileChange, Limits, Result, Sandbox, make_backend
+from envs.sandbox import Backend, FileChange, Limits, Result, Sandbox, cgroups, helper, make_backend, probe
 
 BACKENDS = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("native", "docker")]
 PYTHON = f"{sys.executable} -I"
@@ -193,8 +196,6 @@ def test_output_is_exact_or_capped_with_its_true_size(create: Callable[..., Sand
 def test_stdin(box: Sandbox) -> None:
     data = os.urandom(300_000)
     result = box.run("sha256sum; ls -A /tmp", timeout=20, stdin=data)
-    import hashlib
-
     assert result.text().split()[0] == hashlib.sha256(data).hexdigest()
     assert sh(box, "cat; ls -A /tmp | wc -l") == "0\n"
     with pytest.raises(ValueError, match="stdin"):
@@ -629,6 +630,113 @@ def test_an_image_made_without_a_registry() -> None:
     backend.close()
 
 
+# ---- hosts that lack something ----
+
+
+@pytest.mark.native
+@pytest.mark.root
+def test_root_without_cgroups_uses_resource_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "hierarchy", lambda: None)
+    backend = make_backend("native")
+    with backend.create(limits=Limits(memory_mb=128, pids=8)) as box:
+        assert "MemoryError" in box.run(f"{PYTHON} -c 'bytearray(1 << 30)'", timeout=20).text()
+        program = "import os\nwhile 1:\n  if not os.fork(): import time; time.sleep(60)"
+        assert "BlockingIOError" in box.run(f"{PYTHON} -c '{program}'", timeout=20).text()
+        box.kill_all()
+        assert (sh(box, "echo alive"), box.usage().memory) == ("alive\n", None)
+        assert box.run(f"{PYTHON} -c 'import os; os.memfd_create(\"x\")'", timeout=20).exit == 1
+    backend.close()
+
+
+def test_cgroups_are_found_where_they_can_be_made(tmp_path: Path) -> None:
+    member = tmp_path / "member"
+    root = tmp_path / "v2"
+    scope = root / "user.slice" / "run.scope"
+    scope.mkdir(parents=True)
+    for path in (root, scope.parent, scope):
+        (path / "cgroup.controllers").write_text("cpu memory pids")
+        (path / "cgroup.procs").touch()
+        (path / "cgroup.subtree_control").write_text("cpu memory pids" if path != scope else "")
+    (scope / "cgroup.subtree_control").unlink()  # a group with processes can't have children that are limited
+    member.write_text("0::/user.slice/run.scope\n")
+    found = cgroups.discover(root, member)
+    assert found and (found.version, set(found.parents.values())) == (2, {scope.parent})
+    dirs, writes = found.plan("g", Limits(memory_mb=3, pids=4, cpus=1.5))
+    assert dirs == [(scope.parent / "g", "cgroup.procs")]
+    assert dict(writes) == {
+        scope.parent / "g" / "memory.max": str(3 << 20),
+        scope.parent / "g" / "pids.max": "6",
+        scope.parent / "g" / "cpu.max": "150000 100000",
+    }
+    (scope.parent / "g").mkdir()
+    for name, text in {"cpu.stat": "nr 1\nusage_usec 1500000\n", "memory.events": "oom 2\noom_kill 1\n", "memory.peak": "7",
+                       "memory.current": "5", "pids.current": "3", "pids.events": "max 9\n"}.items():  # fmt: skip
+        (scope.parent / "g" / name).write_text(text)
+    expected = cgroups.Counters(memory=5, peak=7, pids=3, cpu=1.5, ooms=1, pid_refusals=9)
+    assert found.group("g").read(limits_hit=True) == expected
+    member.write_text("4:memory:/a\n3:pids:/a\n2:cpu,cpuacct:/\n0::/\n")
+    assert cgroups.discover(tmp_path / "none", member) is None
+    root = tmp_path / "v1"
+    for name in ("memory/a", "memory", "pids", "cpu", "cpuacct"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / "tasks").touch()
+        (root / name / "cgroup.procs").touch()
+    found = cgroups.discover(root, member)
+    assert found and found.version == 1
+    assert found.parents == {"memory": root / "memory/a", **{name: root / name for name in ("pids", "cpu", "cpuacct")}}
+
+
+def test_groups_of_dead_owners_are_swept(tmp_path: Path) -> None:
+    dead, mine, probe = (tmp_path / name for name in ("codeworld-4194303-1-0", f"{cgroups.owner_name()}-0", "other"))
+    for path in (dead, mine, probe):
+        path.mkdir()
+    cgroups.Hierarchy(1, {"memory": tmp_path}).sweep()
+    assert (dead.exists(), mine.exists(), probe.exists()) == (False, True, True)
+
+
+def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    helper.helper_path.cache_clear()
+    try:
+        with pytest.raises(Unsupported, match=r"^[^\n]*no C compiler[^\n]*$"):
+            helper.helper_path()
+    finally:
+        helper.helper_path.cache_clear()
+
+
+def test_no_engine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent.sock")
+    with pytest.raises(Unsupported, match=r"^[^\n]*no engine answers[^\n]*$"):
+        make_backend("docker")
+    with pytest.raises(ValueError, match="Did you mean 'native'"):
+        make_backend("natve")
+
+
+def test_the_package_is_light() -> None:
+    code = "import sys, envs.sandbox; print([m for m in ('docker', 'requests', 'torch') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert out.stdout == "[]\n", out
+
+
+def test_probe_rows_are_for_a_table() -> None:
+    rows = probe()
+    assert {"sandbox native", "sandbox docker", "native: memory"} <= {what for what, _, _ in rows}
+    assert all("\n" not in cell for row in rows for cell in row)
+
+
+@pytest.mark.native
+def test_an_owners_umask_and_signals_stay_outside() -> None:
+    code = (
+        "import os, signal; os.umask(0o077); signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from envs.sandbox import make_backend\n"
+        "with make_backend('native').create(files={'a': b'1'}) as box:\n"
+        "    print(box.run('whoami; umask; stat -c %a a; sh -c \"kill -INT \\\\$\\\\$\"; echo $?', timeout=20).text())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert out.stdout.split() == ["agent", "0022", "644", "130"], out
+
+
 # ---- ordinary users ----
 
 EPISODE = """
@@ -654,8 +762,6 @@ USER = 54_321
 
 def as_user(tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]:
     """Run `code` as an ordinary user with a copy of the sandbox package, by an interpreter that this user may read."""
-    import shutil
-
     python = sys.executable if os.geteuid() else "/usr/bin/python3"
     version = subprocess.run(
         [python, "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True, text=True
@@ -688,8 +794,6 @@ def as_user(tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]:
 def test_an_ordinary_user_needs_neither_root_nor_cgroups(tmp_path: Path) -> None:
     done = as_user(tmp_path, EPISODE)
     assert done.returncode == 0, done.stderr
-    import json
-
     out = json.loads(done.stdout)
     assert out["id"] == ["exit", 0, "1000\n"] and out["run"] == ["exit", 0, "5\n"]
     assert "MemoryError" in out["memory"][2] and out["disk"][0] == "disk"

@@ -150,6 +150,7 @@ static void become_sandbox(char *ops, char *end, uid_t outer_uid, gid_t outer_gi
         snprintf(file, sizeof file, "%s/%s", op.a, op.b);
         if (op.kind == 'G' && put(file, "0")) die("join cgroup", file);
     }
+    umask(022); /* the owner's may hide what is made from the sandbox's user */
     if (own_user) map_user(outer_uid, outer_gid);
     unshare(CLONE_NEWCGROUP); /* hides where it sits on the host; a kernel without it has nothing to hide */
     put("/proc/self/oom_score_adj", "-1000"); /* where allowed; else the shell's higher score does */

@@ -1,0 +1,95 @@
+"""The warm start's way, small: experts through the real environment, a tokenizer and a model from nothing, imitation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from agents.trajectory import Segment, Trajectory
+from envs.tiny import repairs
+from policy import models
+from policy.models import ModelConfig
+from policy.renderer import Renderer
+from rl.config import ROOT
+from rl.sft import Muon, WarmStart, _orthogonal, drill, imitate, render, warm_start
+
+SMALL = WarmStart(
+    drills=40, episodes=12, epochs=1.0, tokens_per_step=1024, warmup=2, vocab_size=480, model=ModelConfig(hidden_size=32, layers=1, heads=2, kv_heads=2, intermediate_size=32)
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sft")
+    return root, warm_start(SMALL, root / "out", root / "work")
+
+
+def test_a_warm_start_is_a_model_a_tokenizer_and_its_facts(made):
+    root, facts = made
+    model, renderer = models.load(root / "out"), Renderer(root / "out")
+    assert model.config.vocab_size == renderer.vocab_size
+    assert facts["config"]["noise"]["right"] == 0.5 and 0 <= facts["expert_solve_rate"] <= 1
+    assert json.loads((root / "out" / "warm_start.json").read_text()) == json.loads(json.dumps(facts))
+
+
+def test_it_is_rebuilt_bit_for_bit(made, tmp_path):
+    root, _ = made
+    warm_start(SMALL, tmp_path / "out", tmp_path / "work")
+    for name in ("tokenizer.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (root / "out" / name).read_bytes(), name
+
+
+def test_collecting_goes_on_after_a_torn_line(made, tmp_path):
+    root, _ = made
+    lines = (root / "work" / "experts.jsonl").read_text()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "experts.jsonl").write_text(lines[: len(lines) // 2])
+    warm_start(SMALL, tmp_path / "out", tmp_path / "work")
+    assert (tmp_path / "work" / "experts.jsonl").read_text() == lines
+
+
+def test_a_drill_is_the_gold_change_laid_out_as_an_episode(made):
+    renderer, task = Renderer(made[0] / "out"), repairs.task("train", 9)
+    messages = drill(task)
+    ids, mask = render(renderer, messages)
+    assert [r for r, _ in messages] == ["user", "assistant", "tool: bash", "assistant"]
+    said = renderer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    assert said == messages[1][1] + messages[3][1]
+    assert task.provenance["fix"].strip() in messages[3][1]
+
+
+def test_imitation_uses_resolved_trajectories_only(made, tmp_path):
+    root, _ = made
+    ids, mask = render(Renderer(root / "out"), drill(repairs.task("train", 9)))
+    segment = Segment(ids, mask, [-1.0 * m for m in mask], [m - 1 for m in mask])
+    (tmp_path / "trajectories").mkdir()
+    lines = [
+        Trajectory(task_id="t", segments=[segment], reward=r, outcome=o)
+        for r, o in ((1.0, "resolved"), (0.0, "unresolved"), (None, "infra"))
+    ]
+    (tmp_path / "trajectories" / "step-000001.jsonl").write_text("".join(t.to_json() + "\n" for t in lines))
+    facts = imitate(tmp_path, root / "out", tmp_path / "out", SMALL, tmp_path / "work")
+    assert (facts["resolved"], facts["of"]) == (1, 3)
+    before, after = (models.load(p / "out").model.embed_tokens.weight for p in (root, tmp_path))
+    assert not torch.equal(before, after)
+    with pytest.raises(ValueError, match="no trajectories under"):
+        imitate(tmp_path / "none", root / "out", tmp_path / "x", SMALL, tmp_path / "work")
+
+
+def test_muon_orthogonalises():
+    matrix = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(_orthogonal(matrix))
+    assert bool((singular > 0.5).all()) and bool((singular < 1.3).all())
+    weight = torch.nn.Parameter(torch.zeros(4, 4))
+    weight.grad = torch.eye(4)
+    Muon([weight], lr=0.1).step()
+    assert torch.allclose(weight, -0.1 * _orthogonal(torch.eye(4)))
+
+
+def test_the_committed_warm_start_says_what_made_it():
+    facts = json.loads(Path(ROOT / "policy/cwm_tiny/warm_start.json").read_text())
+    assert facts["made_by"] == "python -m rl sft"
+    from dataclasses import asdict
+
+    assert facts["config"] == json.loads(json.dumps(asdict(WarmStart())))
