@@ -46,6 +46,25 @@ def test_an_episode_by_hand(env):
         env.step(SUBMIT)
 
 
+@pytest.mark.docker
+def test_an_episode_in_docker():
+    from envs.sandbox.docker import DockerBackend
+
+    backend = DockerBackend()
+    env = SWEEnv(backend=backend, reward="binary", context_lines=0)
+    try:
+        for repair, reward in ((True, 1.0), (False, 0.0)):
+            env.reset(options={"task": TASK})
+            assert env.step(bash(f"cat {P['module']}"))[0].encode() == TASK.files(TASK.setup)[P["module"]]
+            if repair:
+                env.step(fix())
+            assert ("failed" in env.step(bash(TASK.grader.command))[0]) is not repair
+            assert env.step(SUBMIT)[1] == reward
+    finally:
+        env.close()
+        backend.close()
+
+
 def test_submitting_nothing_pays_nothing(env):
     env.reset(options={"task": TASK})
     _, reward, terminated, _, info = env.step(SUBMIT)
