@@ -199,8 +199,9 @@ def test_equal_prompts_share_their_prefill(engine: TorchEngine, old: CwmForCausa
         return call
 
     # Hold the engine until all have arrived: they are then admitted at once, the source not yet prefilled.
-    gate = threading.Event()
-    engine._inbox.post(Future(), gate.wait, 20)
+    held, gate = threading.Event(), threading.Event()
+    engine._inbox.post(Future(), lambda: (held.set(), gate.wait(20)))
+    assert held.wait(20)
 
     def release() -> None:
         until(lambda: len(engine._inbox._commands) == 9)
