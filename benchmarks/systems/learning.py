@@ -34,7 +34,9 @@ Solved = list[float]
 
 def options(p: argparse.ArgumentParser) -> None:
     """This measurement's own options."""
-    p.add_argument("--seeds", type=int, default=3, help="training seeds (default: %(default)s)")
+    p.add_argument(
+        "--seeds", type=int, default=3, help="training seeds; 0 measures the warm start alone (default: %(default)s)"
+    )
     p.add_argument("--tasks", type=int, default=600, help="unseen tasks per evaluation (default: %(default)s)")
     p.add_argument("--recipe", default="rl/recipes/tiny.toml", help="what is trained (default: %(default)s)")
     p.add_argument(
@@ -176,6 +178,24 @@ def per_seed(lab: Lab, seed: int) -> dict[str, Any]:
     }
 
 
+def before(lab: Lab) -> list[dict[str, Any]]:
+    """What the warm start solves; `--seeds 0` measures nothing else."""
+    rows = []
+    for split in ("validation", "templates"):
+        for temperature, name in ((1.0, "temperature 1"), (0.0, "greedy")):
+            solved = lab.solve("start", lab.config.model, split, temperature)
+            rows.append(
+                row(
+                    f"warm start, {split}, {name}",
+                    100 * mean(solved),
+                    unit="%",
+                    n=len(solved),
+                    spread=_interval(solved),
+                )
+            )
+    return rows
+
+
 def rows_of_seed(s: dict[str, Any]) -> list[dict[str, Any]]:
     """The goals that one seed must meet, in points."""
     goals = (
@@ -283,8 +303,9 @@ def _imitate(lab: Lab, seed: int, out: Path) -> Any:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The measurement; returns rows and seeds."""
     lab = Lab(args)
+    rows = before(lab)
     seeds = [per_seed(lab, seed) for seed in range(args.seeds)]
-    rows = [r for s in seeds for r in rows_of_seed(s)]
+    rows += [r for s in seeds for r in rows_of_seed(s)]
     if args.table:
         rows += table(lab)
     return {"rows": rows, "seeds": seeds}
