@@ -120,6 +120,7 @@ def start(mode: Mode, cpus: int | None = None) -> None:
 
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     ray.init(
+        address="local",  # never another run's cluster
         num_cpus=cpus,
         include_dashboard=False,
         logging_level="ERROR",

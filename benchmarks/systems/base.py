@@ -76,13 +76,13 @@ def cpu_seconds(process: subprocess.Popen[Any], every: float = 1.0) -> float:
     last: dict[tuple[int, str], float] = {}
     most = 0.0
     while process.poll() is None:
-        last = _tree(process.pid)
+        last = tree(process.pid)
         most = max(most, sum(last.values()))
         time.sleep(every)
     return most
 
 
-def _tree(root: int) -> dict[tuple[int, str], float]:
+def tree(root: int) -> dict[tuple[int, str], float]:
     """(pid, start time) → CPU seconds, for a process and its living descendants; each includes children it has reaped."""
     stats = {}
     for entry in Path("/proc").iterdir():

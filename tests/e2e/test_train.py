@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from agents.trajectory import Trajectory
+from benchmarks.systems.base import tree
 from policy.renderer import Renderer
 from rl.journal import Journal, RunLock
 
@@ -156,10 +157,10 @@ def test_a_dead_rollout_worker_is_replaced(tmp_path):
     with log.open("w") as handle:
         process = subprocess.Popen(command("--steps=8", "--eval.every=0", runs=tmp_path), stdout=handle, stderr=handle)
     wait_for(log, "step 1/8", process)
-    found = subprocess.run(["pgrep", "-f", "ray::RolloutWorker"], capture_output=True, text=True).stdout.split()
+    found = [pid for pid, _ in tree(process.pid) if b"ray::RolloutWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert found, "no rollout worker process"
     for pid in found:
-        os.kill(int(pid), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
     assert process.wait(200) == 0, log.read_text()[-3000:]
     last = rows(tmp_path / "tiny", "step")[-1]
     assert last["step"] == 8 and last["infra"] >= 1
