@@ -7,9 +7,9 @@ changes, in a fresh sandbox (`envs/swe/grading.py`). Reward only at the end.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,17 @@ from envs.task import Task, load_tasks
 from envs.tiny import repairs
 from envs.tools import TOOLS, FormatError, parse
 
+_LOCK = threading.Lock()
+_BACKENDS: dict[str, Backend] = {}
 
-@cache
+
 def shared_backend(name: str) -> Backend:
-    """One backend of each name per process: its helper and its limits are shared by all episodes."""
-    return make_backend(name)
+    """One backend of each name per process: its helper and its limits are shared by all episodes, however many start at
+    once."""
+    with _LOCK:
+        if name not in _BACKENDS:
+            _BACKENDS[name] = make_backend(name)
+        return _BACKENDS[name]
 
 
 def task_source(tasks: str | Sequence[Task], runner: str = "tiny") -> Callable[[str, int], Task]:

@@ -162,3 +162,23 @@ class Broken(envs.Env):
 def test_the_checker_names_the_broken_rule(how, said):
     with pytest.raises(ValueError, match=f"(?i){said}"):
         envs.check_env(Broken(how))
+
+
+def test_episodes_that_start_at_once_share_one_backend(monkeypatch):
+    import time
+    from concurrent.futures import ThreadPoolExecutor
+
+    from envs.swe import env as module
+
+    made = []
+
+    def slow(name):
+        time.sleep(0.05)
+        made.append(name)
+        return object()
+
+    monkeypatch.setattr(module, "make_backend", slow)
+    monkeypatch.setattr(module, "_BACKENDS", {})
+    with ThreadPoolExecutor(16) as pool:
+        assert len(set(map(id, pool.map(module.shared_backend, ["auto"] * 16)))) == 1
+    assert made == ["auto"]
