@@ -25,7 +25,7 @@ class ReadingList(envs.Env):
     def step(self, action):
         """Whatever is named is read; what is left is listed."""
         self.turn += 1
-        self.left, before = [name for name in self.left if f"cat {name}\n" not in action], len(self.left)
+        self.left, before = [name for name in self.left if f" {name}\n" not in action], len(self.left)
         done = not self.left or self.turn == 4
         info = {"outcome": "resolved" if not self.left else "unresolved", "tool": "bash"}
         return "\n".join(self.left) + "\n", (before - len(self.left)) / 3, not self.left, done and bool(self.left), info

@@ -97,7 +97,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Any text can be encoded and comes back exactly. Deterministic for equal texts.
     """
     tokenizer = Tokenizer(models.BPE())
-    words = Regex(r" ?[A-Za-z_]+|\d| ?[^\sA-Za-z0-9_]{1,2}|\n *|\s")
+    words = Regex(r" ?[A-Za-z_]+| ?\d| ?[^\sA-Za-z0-9_]{1,2}|[\n\t] *| {2,}|\s")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

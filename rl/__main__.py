@@ -30,10 +30,12 @@ def parser() -> argparse.ArgumentParser:
     sft.add_argument(
         "--model", type=Path, default=Path("policy/cwm_tiny"), help="where --from starts (default: %(default)s)"
     )
-    sft.add_argument(
-        "--episodes", type=int, default=4000, help="noisy expert episodes of a warm start (default: %(default)s)"
-    )
-    sft.add_argument("--epochs", type=float, default=1.0, help="passes over the data (default: %(default)s)")
+    for name, kind, what in (
+        ("episodes", int, "noisy expert episodes of a warm start"),
+        ("drills", int, "noiseless two-turn repairs among them"),
+        ("epochs", float, "passes over the data"),
+    ):
+        sft.add_argument(f"--{name}", type=kind, help=f"{what} (default: as in rl/sft.py, WarmStart)")
     sft.add_argument("--seed", type=int, default=0, help="seed of experts, weights and order (default: %(default)s)")
     sft.add_argument("--backend", default="auto", help="sandbox backend of the experts (default: %(default)s)")
     sft.add_argument(
@@ -47,10 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from rl.sft import WarmStart, imitate, warm_start
 
+    given = {n: v for n in ("episodes", "drills", "epochs", "seed") if (v := getattr(args, n)) is not None}
+    config = WarmStart(**given)
     if args.run:
-        facts = imitate(args.run, args.model, args.out, WarmStart(epochs=args.epochs, seed=args.seed), args.work)
+        facts = imitate(args.run, args.model, args.out, config, args.work)
     else:
-        config = WarmStart(episodes=args.episodes, epochs=args.epochs, seed=args.seed)
         facts = warm_start(config, args.out, args.work, args.backend)
     print(json.dumps(facts))
     return 0

@@ -4,6 +4,11 @@ Two uses: the committed warm start (imperfect scripted experts, a tokenizer and 
 rejection-sampling fine-tuning (a run's own resolved trajectories). Trajectories are trained as the tokens they are; the
 loss weighs what the policy says by 1 and what it reads by `observation_weight`, so that a tiny model learns to copy.
 
+A warm start also learns to see which tokens of a module are wrong: a linear probe on a middle layer is trained beside the
+language model and then thrown away (replaced-token detection, Clark et al. 2020, "ELECTRA", as an auxiliary loss). An edit
+says only once in a hundred tokens where the bug was; the probe is told at every token. Measured here, 18,000 edits teach
+nothing without it.
+
 The optimiser is Muon (Jordan et al. 2024) on the layers' matrices and AdamW on the rest: measured here
 on this family, it reaches in 0.4 M tokens the loss that AdamW alone reaches in 0.9 M.
 """
@@ -23,7 +28,7 @@ from agents.trajectory import Trajectory
 from envs.swe.env import SWEEnv
 from envs.task import Task
 from envs.tiny import repairs
-from envs.tiny.experts import Expert, Noise, bash, edit
+from envs.tiny.experts import Expert, Noise, patch, read, variants
 from policy import models
 from policy.models import ModelConfig
 from policy.renderer import END, Renderer, train_tokenizer
@@ -36,9 +41,15 @@ Message = tuple[str, str]
 class WarmStart:
     """The recipe of a warm start; the defaults rebuild the committed one."""
 
-    drills: int = 50_000
+    drills: int = 18_000
     """Drills among the episodes: a module is read and its line repaired, without noise and without running anything. They
-    carry the skill at two thirds of an episode's tokens; trained apart from the episodes they are forgotten."""
+    carry the skill at half of an episode's tokens; trained apart from the episodes they are forgotten."""
+    inspections: int = 8_000
+    """Modules with several wrong lines that are only read: for the probe."""
+    probe_layer: int = 2
+    """The layer whose output the probe reads; those behind it can use what it finds."""
+    probe_weight: float = 1.0
+    """Weight of the probe's loss."""
     episodes: int = 4000
     """Expert episodes, with their noise, on tasks 0, 1, … of the train split."""
     epochs: float = 1.0
@@ -76,17 +87,60 @@ DRILLS_FROM = 2_000_000
 """Index of the first drill's task in the train split; reinforcement learning starts at 1,000,000."""
 
 
+@dataclass(frozen=True)
+class Row:
+    """One trajectory to train on: parallel lists of token ids, of 1 where the policy spoke, and of what is known of each
+    token: 1 wrong, 0 right, -1 nothing (empty: nothing of any)."""
+
+    token_ids: list[int]
+    loss_mask: list[int]
+    wrong: list[int] = field(default_factory=list)
+
+
+def _module(task: Task) -> tuple[str, str, str]:
+    """Path, buggy text and right text of the module that a task is about."""
+    path = str(task.provenance["module"])
+    return path, task.files(task.setup)[path].decode(), task.files(task.grader.gold)[path].decode()
+
+
+def numbered(text: str) -> str:
+    """What `cat -n` prints of a text that ends with a line feed."""
+    return "".join(f"{i + 1:6}\t{line}\n" for i, line in enumerate(text.split("\n")[:-1]))
+
+
 def drill(task: Task) -> list[Message]:
     """The two turns that carry the skill, as messages: read the module, repair the line."""
-    path, text = str(task.provenance["module"]), task.files(task.setup)[str(task.provenance["module"])].decode()
-    wrong, right = (x.split("\n") for x in (text, task.files(task.grader.gold)[path].decode()))
+    path, text, gold = _module(task)
+    wrong, right = text.split("\n"), gold.split("\n")
     at = next(i for i, (a, b) in enumerate(zip(wrong, right, strict=True)) if a != b)
-    return [
-        ("user", path),
-        ("assistant", bash(f"cat {path}")),
-        ("tool: bash", text),
-        ("assistant", edit(path, wrong[at], right[at])),
-    ]
+    repair = patch(path, at + 1, wrong[at], right[at])
+    return [("user", path), ("assistant", read(path)), ("tool: bash", numbered(text)), ("assistant", repair)]
+
+
+def inspection(task: Task, seed: int) -> list[Message]:
+    """One turn: read the module, in which each line has one changed token with a probability of 0.35."""
+    path, _, gold = _module(task)
+    rng = random.Random(f"inspection/{seed}/{task.id}")
+    lines = gold.split("\n")
+    for i in range(2, len(lines)):
+        if (options := variants(lines[i])) and rng.random() < 0.35:
+            lines[i] = rng.choice(options)
+    return [("user", path), ("assistant", read(path)), ("tool: bash", numbered("\n".join(lines)))]
+
+
+def inspected(renderer: Renderer, messages: Sequence[Message], task: Task) -> Row:
+    """A drill or an inspection with its tokens marked. Behind a change that has another number of tokens nothing is known."""
+    ids, mask = render(renderer, messages)
+    right, wrong = [-1] * len(ids), [-1] * len(ids)
+    gold = renderer.encode(numbered(_module(task)[2]))
+    begin = len(render(renderer, messages[:2])[0]) + 1  # behind the observation's header
+    shown = len(renderer.encode(messages[2][1]))
+    right[begin : begin + shown] = (gold + [-1] * shown)[:shown]
+    for at in range(begin, begin + shown):
+        wrong[at] = int(ids[at] != right[at])
+        if wrong[at] and shown != len(gold):
+            break
+    return Row(ids, mask, wrong)
 
 
 def collect(config: WarmStart, path: Path, backend: str = "auto") -> float:
@@ -119,9 +173,9 @@ def render(renderer: Renderer, messages: Sequence[Message]) -> tuple[list[int], 
     return ids, mask
 
 
-def from_trajectories(trajectories: Iterable[Trajectory]) -> list[tuple[list[int], list[int]]]:
-    """Token ids and loss masks of trajectories, branch by branch."""
-    return [(s.token_ids, s.loss_mask) for t in trajectories for s in t.segments]
+def from_trajectories(trajectories: Iterable[Trajectory]) -> list[Row]:
+    """The rows of trajectories, branch by branch."""
+    return [Row(s.token_ids, s.loss_mask) for t in trajectories for s in t.segments]
 
 
 class _Pair(torch.optim.Optimizer):
@@ -175,29 +229,27 @@ def _orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
-def _optimizer(model: torch.nn.Module, config: WarmStart) -> _Pair:
+def _optimizer(model: torch.nn.Module, probe: torch.nn.Module, config: WarmStart) -> _Pair:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
-    rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
+    rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)] + list(probe.parameters())
     return _Pair(
         Muon(matrices, lr=config.muon_lr),
         torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
     )
 
 
-def _bunches(
-    rows: Sequence[tuple[list[int], list[int]]], budget: int, epochs: float, rng: random.Random
-) -> list[list[int]]:
+def _bunches(rows: Sequence[Row], budget: int, epochs: float, rng: random.Random) -> list[list[int]]:
     """Row indices per optimiser step: like lengths together, at most `budget` padded tokens, in random order."""
     total, steps = int(len(rows) * epochs), []
     while total > 0:
         order = list(range(len(rows)))[: max(total, 1)] if total < len(rows) else list(range(len(rows)))
         total -= len(order)
         rng.shuffle(order)
-        order.sort(key=lambda i: len(rows[i][0]) // 16)
+        order.sort(key=lambda i: len(rows[i].token_ids) // 16)
         bunch: list[int] = []
         epoch = []
         for i in order:
-            longest = max([len(rows[j][0]) for j in bunch] + [len(rows[i][0])])
+            longest = max(len(rows[j].token_ids) for j in [*bunch, i])
             if bunch and longest * (len(bunch) + 1) > budget:
                 epoch.append(bunch)
                 bunch = []
@@ -208,10 +260,8 @@ def _bunches(
     return steps
 
 
-def fit(
-    model: Any, rows: Sequence[tuple[list[int], list[int]]], config: WarmStart, tokenizer: Path, workdir: Path
-) -> list[dict[str, float]]:
-    """Train `model` in place on (token ids, loss mask) rows; returns TRL's log. `tokenizer` is its tokenizer.json. Deterministic for a seed and thread count."""
+def fit(model: Any, rows: Sequence[Row], config: WarmStart, tokenizer: Path, workdir: Path) -> list[dict[str, float]]:
+    """Train `model` in place on rows; returns TRL's log. `tokenizer` is its tokenizer.json. Deterministic for a seed and thread count."""
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
     from trl import SFTConfig, SFTTrainer
@@ -219,29 +269,40 @@ def fit(
     torch.set_num_threads(config.threads)
     steps = _bunches(rows, config.tokens_per_step, config.epochs, random.Random(config.seed))
 
+    probe = torch.nn.Linear(model.config.hidden_size, 1)
+    torch.nn.init.zeros_(probe.weight)
+    torch.nn.init.zeros_(probe.bias)
+    rare = torch.tensor(4.0)  # wrong tokens are few: each counts as four
+
     def collate(bunch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         picked = [rows[i] for i in bunch[0]["rows"]]
-        width = max(len(ids) for ids, _ in picked)
-        ids = torch.zeros(len(picked), width, dtype=torch.long)
-        weights = torch.zeros(len(picked), width)
-        for at, (tokens, mask) in enumerate(picked):
-            ids[at, : len(tokens)] = torch.tensor(tokens)
-            own = torch.tensor(mask, dtype=torch.float32)
-            weights[at, : len(tokens)] = own + (1 - own) * config.observation_weight
-        return {"input_ids": ids, "weights": weights}
+        shape = len(picked), max(len(row.token_ids) for row in picked)
+        ids, weights, wrong = torch.zeros(shape, dtype=torch.long), torch.zeros(shape), torch.full(shape, -1.0)
+        for at, row in enumerate(picked):
+            ids[at, : len(row.token_ids)] = torch.tensor(row.token_ids)
+            own = torch.tensor(row.loss_mask, dtype=torch.float32)
+            weights[at, : len(own)] = own + (1 - own) * config.observation_weight
+            wrong[at, : len(row.wrong)] = torch.tensor(row.wrong, dtype=torch.float32)
+        return {"input_ids": ids, "weights": weights, "wrong": wrong}
 
     class Weighted(SFTTrainer):  # type: ignore[misc]
-        """SFTTrainer with a weight per token; right padding under causal attention needs no mask."""
+        """SFTTrainer with a weight per token and the probe; right padding under causal attention needs no mask."""
 
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
-            weights = inputs["weights"][:, 1:]
+            out = model(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=True)
+            weights, wrong = inputs["weights"][:, 1:], inputs["wrong"]
             loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), inputs["input_ids"][:, 1:].flatten(), reduction="none"
+                out.logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten(), reduction="none"
             )
-            return (loss * weights.flatten()).sum() / weights.sum()
+            loss = (loss * weights.flatten()).sum() / weights.sum()
+            known = wrong >= 0
+            if bool(known.any()):
+                seen = probe(out.hidden_states[config.probe_layer][known]).squeeze(-1)
+                found = torch.nn.functional.binary_cross_entropy_with_logits(seen, wrong[known], pos_weight=rare)
+                loss = loss + config.probe_weight * found
+            return loss
 
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -249,7 +310,7 @@ def fit(
     def schedule(step: int) -> float:
         return min(1.0, (step + 1) / config.warmup) * (1 - 0.95 * min(1.0, step / len(steps)))
 
-    optimizer = _optimizer(model, config)
+    optimizer = _optimizer(model, probe, config)
     arguments = SFTConfig(
         output_dir=str(workdir),
         per_device_train_batch_size=1,
@@ -289,17 +350,19 @@ def warm_start(config: WarmStart, out: Path, workdir: Path, backend: str = "auto
     texts = (content for messages in episodes[:2000] for _, content in messages)
     train_tokenizer(texts, config.vocab_size).save(str(out / "tokenizer.json"))
     renderer = Renderer(out)
-    drills = [render(renderer, drill(repairs.task("train", DRILLS_FROM + i))) for i in range(config.drills)]
-    rows = [render(renderer, messages) for messages in episodes]
+    rows = [Row(*render(renderer, messages)) for messages in episodes]
+    for i in range(config.drills + config.inspections):
+        task = repairs.task("train", DRILLS_FROM + i)
+        rows.append(inspected(renderer, drill(task) if i < config.drills else inspection(task, config.seed), task))
     size = replace(config.model, vocab_size=renderer.vocab_size, eos_id=renderer.end_id)
     model = models.build(size, config.seed)
-    log = fit(model, [*drills, *rows], config, out / "tokenizer.json", workdir)
+    log = fit(model, rows, config, out / "tokenizer.json", workdir)
     models.save(model, out)
     facts = {
         "made_by": "python -m rl sft",
         "config": asdict(config),
         "expert_solve_rate": round(solved, 4),
-        "tokens": int(sum(len(ids) for ids, _ in [*drills, *rows]) * config.epochs),
+        "tokens": int(sum(len(row.token_ids) for row in rows) * config.epochs),
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss": [round(row["loss"], 4) for row in log if "loss" in row][-1:],
     }

@@ -1,15 +1,19 @@
 """Deliberately imperfect scripted experts of `tiny-repairs`: what the default policy's warm start imitates.
 
 They know the right line (from the task's provenance) and act on it only sometimes. The noise is stated by `Noise`, and it
-is of four sorts: a plausible wrong edit (another one-token change, on the right line or another line of the function), a
-SEARCH that can't match, no edit at all, and giving up: submitting without a test, or in spite of a failing one.
+is of four sorts: a plausible wrong edit (another one-token change, on the right line or another line of the function), an
+edit of a neighbouring line, where nothing matches, no edit at all, and giving up: submitting without a test, or in spite of
+a failing one. They read with `cat -n` and edit with `sed`, by line number: naming a line takes one token, where the SEARCH
+of an `edit` call copies it, which a policy of this size learned last.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from envs.task import Task
 from envs.tiny.templates import TOKEN, changes
@@ -24,7 +28,7 @@ class Noise:
     wrong_line: float = 0.3
     """A wrong edit hits another line of the same function (else the right line with a wrong token)."""
     miss: float = 0.06
-    """An edit's SEARCH has the wrong indentation."""
+    """An edit names a neighbouring line, where it changes nothing."""
     skip: float = 0.06
     """No edit is made at all."""
     test: float = 0.35
@@ -45,6 +49,26 @@ def edit(path: str, search: str, replace: str) -> str:
     return f"<tool: edit>\n{path}\n<<<<<<< SEARCH\n{search}\n=======\n{replace}\n>>>>>>> REPLACE\n</tool>"
 
 
+def read(path: str) -> str:
+    """The action that shows a file with its line numbers."""
+    return bash(f"cat -n {path}")
+
+
+def patch(path: str, number: int, old: str, new: str) -> str:
+    """The action that turns line `number` (from 1) of a file from `old` into `new`: the changed tokens with as many before
+    them as make the first match the right one."""
+    before, after = TOKEN.findall(old), TOKEN.findall(new)
+    first = next(i for i, (a, b) in enumerate(zip_longest(before, after)) if a != b)
+    tail = next(i for i, (a, b) in enumerate(zip_longest(before[::-1], after[::-1])) if a != b)
+    tail = min(tail, len(before) - first, len(after) - first)
+    for start in range(first - 1, -1, -1):
+        was, becomes = "".join(before[start : len(before) - tail]), "".join(after[start : len(after) - tail])
+        if was.strip() != "".join(before[first : len(before) - tail]) and old.replace(was, becomes, 1) == new:
+            break
+    was, becomes = re.sub(r"([\\/*.\[\]^$])", r"\\\1", was), re.sub(r"([\\/&])", r"\\\1", becomes)
+    return bash(f"sed -i '{number}s/{was}/{becomes}/' {path}")
+
+
 SUBMIT = "<tool: submit>\n</tool>"
 
 
@@ -61,7 +85,7 @@ class Expert:
         self.bug = next(i for i, (a, b) in enumerate(zip(self.lines, self.gold, strict=True)) if a != b)
         start = max(i for i in range(self.bug) if self.lines[i].startswith("def "))
         end = next((i for i in range(self.bug, len(self.lines)) if not self.lines[i]), len(self.lines))
-        self.body = [i for i in range(start + 2, end) if _mutants(self.lines[i])]
+        self.body = [i for i in range(start + 2, end) if variants(self.lines[i])]
         self.wrong: int | None = None
         self.next: Callable[[str], str] = self._open
 
@@ -77,7 +101,7 @@ class Expert:
 
     def _read(self, observation: str) -> str:
         self.next = self._attempt
-        return bash(f"cat {self.path}")
+        return read(self.path)
 
     def _attempt(self, observation: str) -> str:
         self.next = self._after_edit
@@ -90,19 +114,18 @@ class Expert:
         if roll < self.noise.skip:
             return self._after_edit(observation)
         if roll < self.noise.skip + self.noise.miss:
-            text = self.lines[self.bug]
-            return edit(self.path, text.lstrip() if text[0] == " " else " " + text, self.gold[self.bug].lstrip())
+            return patch(self.path, self.bug, self.lines[self.bug], self.gold[self.bug])  # one line too high
         if self.rng.random() < self.noise.right:
             return self._change(self.bug, self.gold[self.bug])
         others = [i for i in self.body if i != self.bug]
         at = self.rng.choice(others) if others and self.rng.random() < self.noise.wrong_line else self.bug
-        options = [t for t in _mutants(self.lines[at]) if t not in (self.gold[at], self.lines[at])]
+        options = [t for t in variants(self.lines[at]) if t not in (self.gold[at], self.lines[at])]
         self.wrong = at
         return self._change(at, self.rng.choice(options) if options else self.gold[at])
 
     def _change(self, at: int, new: str) -> str:
         old, self.lines[at] = self.lines[at], new
-        return edit(self.path, old, new)
+        return patch(self.path, at + 1, old, new)
 
     def _after_edit(self, observation: str) -> str:
         if self.rng.random() < self.noise.test:
@@ -116,7 +139,8 @@ class Expert:
         return self._attempt(observation)
 
 
-def _mutants(line: str) -> list[str]:
+def variants(line: str) -> list[str]:
+    """Every one-token change of a line of code, as far as the line alone tells which."""
     tokens = TOKEN.findall(line)
     names = sorted({t for t in tokens if t.isidentifier() and len(t) == 1} | ({"out"} if "out" in tokens else set()))
     found = []

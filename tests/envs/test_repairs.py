@@ -1,9 +1,13 @@
 """tiny-repairs: tasks are functions of (split, index), disjoint by normalised source, sound, and many."""
 
+import random
+import re
+import subprocess
+
 import pytest
 
 from envs.tiny import repairs
-from envs.tiny.experts import Expert, Noise
+from envs.tiny.experts import Expert, Noise, patch, variants
 from envs.tiny.templates import HELD_OUT, TRAIN
 
 N = 600
@@ -55,16 +59,29 @@ def test_what_is_hidden_is_not_in_the_repository(sets):
             assert data not in visible
 
 
-def test_the_expert_without_noise_makes_the_gold_change(sets):
-    import random
+def sed(action, text):
+    """What the sandbox's own sed makes of a text."""
+    command = re.fullmatch(r"<tool: bash>\nsed -i ('.*') \S+\n</tool>", action).group(1)
+    return subprocess.run(f"sed {command}", shell=True, input=text, capture_output=True, text=True, check=True).stdout
 
+
+def test_the_expert_without_noise_makes_the_gold_change(sets):
     perfect = Noise(right=1.0, miss=0.0, skip=0.0, detour=0.0, test=0.0)
     for task in sets["validation"][:100]:
+        path = task.provenance["module"]
+        text, gold = (task.files(files)[path].decode() for files in (task.setup, task.grader.gold))
         expert = Expert(task, random.Random(0), perfect)
-        assert expert("") == f"<tool: bash>\ncat {task.provenance['module']}\n</tool>"
-        action = expert(task.files(task.setup)[task.provenance["module"]].decode())
-        assert f"    {task.provenance['fix'].strip()}" in action
-        assert expert("Edited") == "<tool: submit>\n</tool>"
+        assert expert("") == f"<tool: bash>\ncat -n {path}\n</tool>"
+        assert sed(expert(text), text) == gold
+        assert expert("") == "<tool: submit>\n</tool>"
+
+
+def test_a_patch_turns_any_variant_into_any_other(sets):
+    rng = random.Random(0)
+    for task in sets["train"][:100]:
+        line = f"    {task.provenance['line']}\n"
+        old, new = rng.sample([line, *variants(line)], 2)
+        assert sed(patch("a.py", 2, old, new), f"{old}{old}") == f"{old}{new}", (old, new)
 
 
 def test_unknown_split_and_runner_are_one_line():

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from agents.trajectory import Segment, Trajectory
+from envs.swe.env import SWEEnv
 from envs.tiny import repairs
 from policy import models
 from policy.models import ModelConfig
 from policy.renderer import Renderer
 from rl.config import ROOT
-from rl.sft import Muon, WarmStart, _orthogonal, drill, imitate, render, warm_start
+from rl.sft import Muon, WarmStart, _orthogonal, drill, imitate, inspected, inspection, render, warm_start
 
 SMALL = WarmStart(
-    drills=40, episodes=12, epochs=1.0, tokens_per_step=1024, warmup=2, vocab_size=480, model=ModelConfig(hidden_size=32, layers=1, heads=2, kv_heads=2, intermediate_size=32)
+    drills=40, inspections=8, probe_layer=1, episodes=12, epochs=1.0, tokens_per_step=1024, warmup=2, vocab_size=480, model=ModelConfig(hidden_size=32, layers=1, heads=2, kv_heads=2, intermediate_size=32)
 )  # fmt: skip
 
 
@@ -49,14 +50,32 @@ def test_collecting_goes_on_after_a_torn_line(made, tmp_path):
     assert (tmp_path / "work" / "experts.jsonl").read_text() == lines
 
 
-def test_a_drill_is_the_gold_change_laid_out_as_an_episode(made):
+def test_a_drill_is_what_happens_in_the_sandbox_and_repairs_the_bug(made):
     renderer, task = Renderer(made[0] / "out"), repairs.task("train", 9)
     messages = drill(task)
     ids, mask = render(renderer, messages)
     assert [r for r, _ in messages] == ["user", "assistant", "tool: bash", "assistant"]
     said = renderer.decode([i for i, m in zip(ids, mask, strict=True) if m])
     assert said == messages[1][1] + messages[3][1]
-    assert task.provenance["fix"].strip() in messages[3][1]
+    env = SWEEnv(reward="binary", context_lines=0)
+    env.reset(options={"task": task})
+    assert env.step(messages[1][1])[0] == messages[2][1]
+    assert env.step(messages[3][1])[0] == ""
+    assert env.step("<tool: submit>\n</tool>")[1] == 1.0
+
+
+def test_the_probe_is_told_which_tokens_are_wrong(made):
+    renderer, several = Renderer(made[0] / "out"), 0
+    for index in range(40):
+        task = repairs.task("train", index)
+        row = inspected(renderer, drill(task), task)
+        assert len(row.wrong) == len(row.token_ids) and row.wrong.count(1) == 1
+        at = row.wrong.index(1)
+        shown = renderer.decode(row.token_ids[:at]).rsplit("\n", 1)[1]
+        line = task.provenance["line"]
+        assert shown.split("\t")[1] in f"    {line}" and row.wrong[0] == row.wrong[-1] == -1
+        several += inspected(renderer, inspection(task, 0), task).wrong.count(1) > 1
+    assert several > 10
 
 
 def test_imitation_uses_resolved_trajectories_only(made, tmp_path):
