@@ -86,6 +86,8 @@ class LearnConfig:
     groups_per_step: int = 16
     """Groups of one batch."""
     lr: float = 5e-4
+    schedule: Literal["constant", "linear"] = "constant"
+    """Of the learning rate behind the warm-up; "linear" falls to 0 at the last of `steps`."""
     warmup_steps: int = 0
     weight_decay: float = 0.0
     grad_clip: float = 1.0

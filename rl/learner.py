@@ -48,7 +48,7 @@ class LearnerConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of that row to replace, e.g. {"clip_high": 0.28}."""
     lr: float = 3e-4
-    """Learning rate after warm-up; constant from there."""
+    """Learning rate after warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
     weight_decay: float = 0.0
@@ -57,6 +57,8 @@ class LearnerConfig:
     """Largest gradient norm (2-norm over all parameters); larger ones are scaled down to it."""
     warmup_steps: int = 0
     """Optimiser updates over which the learning rate rises linearly from lr / warmup_steps to lr."""
+    decay_updates: int = 0
+    """Optimiser updates over which it falls linearly to 0; 0 keeps it constant."""
     minibatches: int = 1
     """Optimiser updates per batch; trajectories are dealt to them at random."""
     context: int = 512
@@ -85,8 +87,10 @@ class LearnerConfig:
 
 
 def learning_rate(config: LearnerConfig, updates: int) -> float:
-    """Rate of the next update when `updates` are done: linear warm-up, then constant."""
-    return config.lr * min(1.0, (updates + 1) / max(1, config.warmup_steps))
+    """Rate of the next update when `updates` are done: linear warm-up, times linear decay where one is asked for."""
+    rise = min(1.0, (updates + 1) / max(1, config.warmup_steps))
+    fall = max(0.0, 1 - updates / config.decay_updates) if config.decay_updates else 1.0
+    return config.lr * rise * fall
 
 
 @dataclass(kw_only=True)

@@ -78,6 +78,7 @@ class LearnerPart:
             overrides=dict(learn.overrides),
             lr=learn.lr,
             warmup_steps=learn.warmup_steps,
+            decay_updates=config.steps * learn.minibatches if learn.schedule == "linear" else 0,
             weight_decay=learn.weight_decay,
             grad_clip=learn.grad_clip,
             minibatches=learn.minibatches,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,24 +27,27 @@ import torch
 from agents.trajectory import Trajectory
 from envs.swe.env import SWEEnv
 from envs.task import Task
-from envs.tiny import repairs
-from envs.tiny.experts import Expert, Noise, patch, read, variants
+from envs.tiny import repairs, runner
+from envs.tiny.experts import Expert, Noise, bash, patch, read, variants
 from policy import models
 from policy.models import ModelConfig
 from policy.renderer import END, Renderer, train_tokenizer
 
 Message = tuple[str, str]
-"""Role and content; "assistant" is the policy."""
+"""Role and content; "assistant" is the policy, "mistake" is the policy where it is not to be imitated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStart:
     """The recipe of a warm start; the defaults rebuild the committed one."""
 
-    drills: int = 18_000
+    drills: int = 36_000
     """Drills among the episodes: a module is read and its line repaired, without noise and without running anything. They
     carry the skill at half of an episode's tokens; trained apart from the episodes they are forgotten."""
-    inspections: int = 8_000
+    comebacks: int = 8_000
+    """Drills that begin with a wrong edit and a failing test and repair both. Only the repair is taught: whether to run
+    the tests, and whether to believe them, is left to reinforcement learning."""
+    inspections: int = 10_000
     """Modules with several wrong lines that are only read: for the probe."""
     probe_layer: int = 2
     """The layer whose output the probe reads; those behind it can use what it finds."""
@@ -64,7 +67,7 @@ class WarmStart:
     """Loss weight of tokens that the policy reads; its own have 1."""
     vocab_size: int = 640
     seed: int = 0
-    threads: int = 1
+    threads: int = 2
     noise: Noise = field(default_factory=Noise)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(hidden_size=96, intermediate_size=256))
 
@@ -117,6 +120,44 @@ def drill(task: Task) -> list[Message]:
     return [("user", path), ("assistant", read(path)), ("tool: bash", numbered(text)), ("assistant", repair)]
 
 
+def runner_says(task: Task, text: str) -> str:
+    """What `python3 runner.py` prints when the module reads `text`, without a sandbox: the text is our own generator's."""
+    name = f"tests/test_{_module(task)[0]}"
+    test = task.files(task.setup)[name].decode()
+    space: dict[str, Any] = {}
+    exec(text, space)
+    exec(compile("\n" + test.partition("\n")[2], name, "exec"), space)  # its import, left blank
+    function = next(f for f in space if f.startswith("test_"))
+    try:
+        space[function]()
+    except Exception as error:
+        return f"FAIL {function}: {runner._why(error, name, test)}\n1 failed, 2 passed\n"
+    return "3 passed\n"
+
+
+def comeback(task: Task, seed: int) -> list[Message]:
+    """A drill whose first edit was wrong, as messages; "mistake" is what the policy said and is not taught."""
+    path, text, gold = _module(task)
+    rng = random.Random(f"comeback/{seed}/{task.id}")
+    right, lines = gold.split("\n"), text.split("\n")
+    bug = next(i for i, (a, b) in enumerate(zip(lines, right, strict=True)) if a != b)
+    messages = drill(task)[:3]
+    for _ in range(rng.choice((1, 1, 2))):
+        places = [i for i in range(2, len(lines)) if variants(lines[i])]
+        at = bug if rng.random() < 0.5 else rng.choice(places)
+        options = [v for v in variants(lines[at]) if v != right[at] and "= *" not in v]  # `out = *1` is no code
+        new = rng.choice(options or [lines[at]])
+        if new == lines[at]:
+            continue
+        messages += [("mistake", patch(path, at + 1, lines[at], new)), ("tool: bash", "")]
+        undo, lines[at] = lines[at], new
+        messages += [("mistake", bash(task.grader.command)), ("tool: bash", runner_says(task, "\n".join(lines)))]
+        if at != bug:
+            messages += [("assistant", patch(path, at + 1, new, undo)), ("tool: bash", "")]
+            lines[at] = undo
+    return [*messages, ("assistant", patch(path, bug + 1, lines[bug], right[bug]))]
+
+
 def inspection(task: Task, seed: int) -> list[Message]:
     """One turn: read the module, in which each line has one changed token with a probability of 0.35."""
     path, _, gold = _module(task)
@@ -126,6 +167,14 @@ def inspection(task: Task, seed: int) -> list[Message]:
         if (options := variants(lines[i])) and rng.random() < 0.35:
             lines[i] = rng.choice(options)
     return [("user", path), ("assistant", read(path)), ("tool: bash", numbered("\n".join(lines)))]
+
+
+KINDS: dict[str, Callable[[Task, int], list[Message]]] = {
+    "drill": lambda task, seed: drill(task),
+    "comeback": comeback,
+    "inspection": inspection,
+}
+"""What a warm start is made of beside episodes."""
 
 
 def inspected(renderer: Renderer, messages: Sequence[Message], task: Task) -> Row:
@@ -165,7 +214,7 @@ def render(renderer: Renderer, messages: Sequence[Message]) -> tuple[list[int], 
     for role, content in messages[1:]:
         new = (
             [*renderer.encode(content), renderer.end_id]
-            if role == "assistant"
+            if role in ("assistant", "mistake")
             else renderer.extend(ids[-1], role, content)
         )
         ids += new
@@ -351,9 +400,10 @@ def warm_start(config: WarmStart, out: Path, workdir: Path, backend: str = "auto
     train_tokenizer(texts, config.vocab_size).save(str(out / "tokenizer.json"))
     renderer = Renderer(out)
     rows = [Row(*render(renderer, messages)) for messages in episodes]
-    for i in range(config.drills + config.inspections):
+    kinds = ["drill"] * config.drills + ["comeback"] * config.comebacks + ["inspection"] * config.inspections
+    for i, kind in enumerate(kinds):
         task = repairs.task("train", DRILLS_FROM + i)
-        rows.append(inspected(renderer, drill(task) if i < config.drills else inspection(task, config.seed), task))
+        rows.append(inspected(renderer, KINDS[kind](task, config.seed), task))
     size = replace(config.model, vocab_size=renderer.vocab_size, eos_id=renderer.end_id)
     model = models.build(size, config.seed)
     log = fit(model, rows, config, out / "tokenizer.json", workdir)

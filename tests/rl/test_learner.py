@@ -136,6 +136,11 @@ def test_warmup_by_hand() -> None:
     assert learning_rate(LearnerConfig(lr=1.0), 0) == 1.0
 
 
+def test_decay_by_hand() -> None:
+    config = LearnerConfig(lr=1.0, warmup_steps=2, decay_updates=4)
+    assert [learning_rate(config, i) for i in range(6)] == [0.5, 0.75, 0.5, 0.25, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_update_that_is_not_finite_is_skipped(model_dir: Path, bad: float) -> None:
     x, clean = learner(model_dir), learner(model_dir)

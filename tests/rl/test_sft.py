@@ -13,10 +13,10 @@ from policy import models
 from policy.models import ModelConfig
 from policy.renderer import Renderer
 from rl.config import ROOT
-from rl.sft import Muon, WarmStart, _orthogonal, drill, imitate, inspected, inspection, render, warm_start
+from rl.sft import Muon, WarmStart, _orthogonal, comeback, drill, imitate, inspected, inspection, render, warm_start
 
 SMALL = WarmStart(
-    drills=40, inspections=8, probe_layer=1, episodes=12, epochs=1.0, tokens_per_step=1024, warmup=2, vocab_size=480, model=ModelConfig(hidden_size=32, layers=1, heads=2, kv_heads=2, intermediate_size=32)
+    drills=40, comebacks=8, inspections=8, probe_layer=1, episodes=12, epochs=1.0, tokens_per_step=1024, warmup=2, vocab_size=480, model=ModelConfig(hidden_size=32, layers=1, heads=2, kv_heads=2, intermediate_size=32)
 )  # fmt: skip
 
 
@@ -50,18 +50,41 @@ def test_collecting_goes_on_after_a_torn_line(made, tmp_path):
     assert (tmp_path / "work" / "experts.jsonl").read_text() == lines
 
 
-def test_a_drill_is_what_happens_in_the_sandbox_and_repairs_the_bug(made):
-    renderer, task = Renderer(made[0] / "out"), repairs.task("train", 9)
-    messages = drill(task)
-    ids, mask = render(renderer, messages)
-    assert [r for r, _ in messages] == ["user", "assistant", "tool: bash", "assistant"]
-    said = renderer.decode([i for i, m in zip(ids, mask, strict=True) if m])
-    assert said == messages[1][1] + messages[3][1]
+def play(task, messages):
+    """The reward of a drill's actions in the real environment, where every observation must be the drill's."""
     env = SWEEnv(reward="binary", context_lines=0)
     env.reset(options={"task": task})
-    assert env.step(messages[1][1])[0] == messages[2][1]
-    assert env.step(messages[3][1])[0] == ""
-    assert env.step("<tool: submit>\n</tool>")[1] == 1.0
+    for (_, action), (_, shown) in zip(messages[1::2], messages[2::2], strict=False):
+        assert env.step(action)[0] == shown
+    assert env.step(messages[-1][1])[0] == ""
+    return env.step("<tool: submit>\n</tool>")[1]
+
+
+def said(renderer, messages):
+    ids, mask = render(renderer, messages)
+    return renderer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+
+
+def test_a_drill_is_what_happens_in_the_sandbox_and_repairs_the_bug(made):
+    task = repairs.task("train", 9)
+    messages = drill(task)
+    assert [r for r, _ in messages] == ["user", "assistant", "tool: bash", "assistant"]
+    assert said(Renderer(made[0] / "out"), messages) == messages[1][1] + messages[3][1]
+    assert play(task, messages) == 1.0
+
+
+def test_a_comeback_repairs_its_own_mistakes_which_are_not_taught(made):
+    renderer, undone = Renderer(made[0] / "out"), 0
+    for index in range(6):
+        task = repairs.task("train", index)
+        messages = comeback(task, 0)
+        mistakes = [text for role, text in messages if role == "mistake"]
+        assert len(mistakes) >= 2 and play(task, messages) == 1.0
+        taught = said(renderer, messages)
+        assert taught == "".join(text for role, text in messages if role == "assistant")
+        assert task.grader.command not in taught
+        undone += taught.count("sed -i") > 1
+    assert undone
 
 
 def test_the_probe_is_told_which_tokens_are_wrong(made):
