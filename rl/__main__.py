@@ -16,8 +16,14 @@ examples:
 """
 
 
+GIVEN = ("episodes", "drills", "comebacks", "inspections", "probe_weight", "epochs", "seed")
+"""Fields of `rl.sft.WarmStart` that the command line may set."""
+
+
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The command line; its defaults are those of the committed warm start."""
+    from rl.sft import WarmStart
+
     p = argparse.ArgumentParser(
         "python -m rl", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,9 +39,13 @@ def parser() -> argparse.ArgumentParser:
     for name, kind, what in (
         ("episodes", int, "noisy expert episodes of a warm start"),
         ("drills", int, "noiseless two-turn repairs among them"),
+        ("comebacks", int, "repairs behind a wrong edit, among them"),
+        ("inspections", int, "modules that are only read, for the probe"),
+        ("probe-weight", float, "weight of the probe's loss; 0 is the ablation"),
         ("epochs", float, "passes over the data"),
     ):
-        sft.add_argument(f"--{name}", type=kind, help=f"{what} (default: as in rl/sft.py, WarmStart)")
+        default = getattr(WarmStart, name.replace("-", "_"))
+        sft.add_argument(f"--{name}", type=kind, default=default, help=f"{what} (default: %(default)s)")
     sft.add_argument("--seed", type=int, default=0, help="seed of experts, weights and order (default: %(default)s)")
     sft.add_argument("--backend", default="auto", help="sandbox backend of the experts (default: %(default)s)")
     sft.add_argument(
@@ -49,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from rl.sft import WarmStart, imitate, warm_start
 
-    given = {n: v for n in ("episodes", "drills", "epochs", "seed") if (v := getattr(args, n)) is not None}
-    config = WarmStart(**given)
+    config = WarmStart(**{name: getattr(args, name) for name in GIVEN})
     if args.run:
         facts = imitate(args.run, args.model, args.out, config, args.work)
     else:

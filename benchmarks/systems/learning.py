@@ -150,6 +150,16 @@ def mean(values: Solved) -> float:
     return round(sum(values) / len(values), 4)
 
 
+def by_kind(tasks: int, before: Solved, after: Solved) -> dict[str, list[float]]:
+    """Kind of bug → share of the validation tasks, solved before, solved after."""
+    kinds = [str(repairs.task("validation", i).provenance["bug"]) for i in distinct("validation", tasks)]
+    rows = {k: [at for at, kind in enumerate(kinds) if kind == k] for k in sorted(set(kinds))}
+    return {
+        k: [mean([float(i in at) for i in range(tasks)]), *(mean([v[i] for i in at]) for v in (before, after))]
+        for k, at in rows.items()
+    }
+
+
 def per_seed(lab: Lab, seed: int) -> dict[str, Any]:
     """One training seed and its control."""
     start = lab.config.model
@@ -175,6 +185,7 @@ def per_seed(lab: Lab, seed: int) -> dict[str, Any]:
         "greedy_gain": paired(before[greedy], after[greedy]),
         "template_gain": paired(before[held], after[held]),
         "control_gain": paired(before[t1], shuffled),
+        "greedy_by_kind": by_kind(lab.args.tasks, before[greedy], after[greedy]),
     }
 
 
@@ -227,6 +238,10 @@ def rows_of_seed(s: dict[str, Any]) -> list[dict[str, Any]]:
             n=s["n"],
         )
     )
+    rows += [
+        row(f"seed {s['seed']}: greedy gain on {kind} bugs", 100 * (new - old), unit="points", n=round(share * s["n"]))
+        for kind, (share, old, new) in s["greedy_by_kind"].items()
+    ]
     rows.append(row(f"seed {s['seed']}: CPU of the training run", s["cpu_s"], unit="s", goal="<=1600", n=1))
     return rows
 
