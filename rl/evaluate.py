@@ -11,26 +11,24 @@ from pathlib import Path
 
 from agents.trajectory import Trajectory
 from rl.config import Config
-from rl.parts import EnginePart
+from rl.parts import EnginePart, await_start, start_worker
 from rl.spawn import Handle, spawn
-from rl.worker import Order, RolloutWorker
+from rl.worker import Order
 
 
 class Player:
     """An engine and its rollout workers on one model; plays orders and returns trajectories in their order."""
 
     def __init__(self, config: Config, model: Path | None = None) -> None:
-        """`model` replaces the recipe's. The substrate (`spawn.start`) must be up."""
+        """`model` replaces the recipe's. The substrate (`spawn.start`) must be up. Errors: as
+        `rl.parts.await_start`."""
         if model is not None:
             config = replace(config, policy=replace(config.policy, model=str(model)))
         self.config, mode = config, config.rollout.spawn
         self.episodes = config.rollout.in_flight
         self.engine: Handle = spawn(EnginePart, config, mode=mode, name="engine", concurrency=self.episodes + 8)
-        share = self.episodes // config.rollout.workers
-        self.workers = [
-            spawn(RolloutWorker, config, self.engine, mode=mode, name=f"worker-{i}", concurrency=share + 2)
-            for i in range(config.rollout.workers)
-        ]
+        self.workers = [start_worker(config, self.engine, i) for i in range(config.rollout.workers)]
+        await_start((self.engine, *self.workers))
 
     def play(self, orders: Sequence[Order]) -> list[Trajectory]:
         """Play every order; an episode whose infrastructure failed is tried again as often as the recipe says."""

@@ -127,40 +127,42 @@ class LearnerPart:
         """Nothing outlives the process."""
 
 
+def start_worker(config: Config, engine: Handle, index: int) -> Handle:
+    """Start rollout worker `index`."""
+    episodes = config.rollout.in_flight // config.rollout.workers
+    mode, name = config.rollout.spawn, f"worker-{index}"
+    return spawn(RolloutWorker, config, engine, mode=mode, name=name, concurrency=episodes + 2)
+
+
+def await_start(parts: Sequence[Handle], deadline: float = 180.0) -> None:
+    """Return when every part answers; `InfraError` after `deadline` seconds, and what a constructor raised (a bad model, a
+    bad env)."""
+    wait = [(part, part.call("stats")) for part in parts]
+    limit = time.monotonic() + deadline
+    for part, future in wait:
+        try:
+            future.result(max(1.0, limit - time.monotonic()))
+        except TimeoutError:
+            raise InfraError(
+                f"{part.name} did not start within {deadline:g} seconds; look at the load of this machine"
+            ) from None
+
+
 class Parts:
     """The started parts. A worker that died is started again; an engine or learner that died ends the run."""
 
-    def __init__(self, config: Config, deadline: float = 180.0) -> None:
-        """Start everything; `ValueError` of a part's constructor (a bad model, a bad env) passes through."""
+    def __init__(self, config: Config) -> None:
+        """Start everything; errors as `await_start`."""
         self.config, mode, episodes = config, config.rollout.spawn, config.rollout.in_flight
         self.engine: Handle = spawn(EnginePart, config, mode=mode, name="engine", concurrency=episodes + 8)
         self.learner: Handle = spawn(LearnerPart, config, mode=mode, name="learner")
-        self.workers: list[Handle] = [self._worker(i) for i in range(config.rollout.workers)]
-        wait = [(part, part.call("stats")) for part in (self.engine, self.learner, *self.workers)]
-        limit = time.monotonic() + deadline
-        for part, future in wait:
-            try:
-                future.result(max(1.0, limit - time.monotonic()))
-            except TimeoutError:
-                raise InfraError(
-                    f"{part.name} did not start within {deadline:g} seconds; look at the load of this machine"
-                ) from None
-
-    def _worker(self, index: int) -> Handle:
-        episodes = self.config.rollout.in_flight // self.config.rollout.workers
-        return spawn(
-            RolloutWorker,
-            self.config,
-            self.engine,
-            mode=self.config.rollout.spawn,
-            name=f"worker-{index}",
-            concurrency=episodes + 2,
-        )
+        self.workers = [start_worker(config, self.engine, i) for i in range(config.rollout.workers)]
+        await_start((self.engine, self.learner, *self.workers))
 
     def replace(self, index: int, dead: Handle) -> None:
         """Start worker `index` again, unless that was done since `dead` was in its place."""
         if self.workers[index] is dead:
-            self.workers[index] = self._worker(index)
+            self.workers[index] = start_worker(self.config, self.engine, index)
 
     def stats(self, timeout: float = 60.0) -> dict[str, Any]:
         """Statistics by part: "engine", "learner" and a list "workers"; a part that can't answer is left out."""

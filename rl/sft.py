@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,12 @@ import torch
 from agents.trajectory import Trajectory
 from envs.swe.env import SWEEnv
 from envs.task import Task
-from envs.tiny import repairs, runner
-from envs.tiny.experts import Expert, Noise, bash, patch, read, variants
+from envs.tiny import repairs
+from envs.tiny.drills import DRILLS_FROM, KINDS, Message, module_of, numbered
+from envs.tiny.experts import Expert, Noise, read
 from policy import models
 from policy.models import ModelConfig
 from policy.renderer import END, Renderer, train_tokenizer
-
-Message = tuple[str, str]
-"""Role and content; "assistant" is the policy, "mistake" is the policy where it is not to be imitated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +41,10 @@ class WarmStart:
     drills: int = 36_000
     """Drills among the episodes: a module is read and its line repaired, without noise and without running anything. They
     carry the skill at half of an episode's tokens; trained apart from the episodes they are forgotten."""
-    comebacks: int = 8_000
-    """Drills that begin with a wrong edit and a failing test and repair both. Only the repair is taught: whether to run
-    the tests, and whether to believe them, is left to reinforcement learning."""
-    inspections: int = 10_000
+    comebacks: int = 14_000
+    """Drills that begin with a wrong edit and a failing test, look again and repair. Only what follows the test is taught:
+    whether to run the tests is left to reinforcement learning."""
+    inspections: int = 6_000
     """Modules with several wrong lines that are only read: for the probe."""
     probe_layer: int = 2
     """The layer whose output the probe reads; those behind it can use what it finds."""
@@ -85,10 +83,6 @@ def play_expert(env: SWEEnv, task: Task, noise: Noise, seed: int) -> tuple[list[
         messages.append((f"tool: {info['tool']}", observation))
 
 
-DRILLS_FROM = 2_000_000
-"""Index of the first drill's task in the train split; reinforcement learning starts at 1,000,000."""
-
-
 @dataclass(frozen=True)
 class Row:
     """One trajectory to train on: parallel lists of token ids, of 1 where the policy spoke, and of what is known of each
@@ -99,95 +93,22 @@ class Row:
     wrong: list[int] = field(default_factory=list)
 
 
-def _module(task: Task) -> tuple[str, str, str]:
-    """Path, buggy text and right text of the module that a task is about."""
-    path = str(task.provenance["module"])
-    return path, task.files(task.setup)[path].decode(), task.files(task.grader.gold)[path].decode()
-
-
-def numbered(text: str) -> str:
-    """What `cat -n` prints of a text that ends with a line feed."""
-    return "".join(f"{i + 1:6}\t{line}\n" for i, line in enumerate(text.split("\n")[:-1]))
-
-
-def drill(task: Task) -> list[Message]:
-    """The two turns that carry the skill, as messages: read the module, repair the line."""
-    path, text, gold = _module(task)
-    wrong, right = text.split("\n"), gold.split("\n")
-    at = next(i for i, (a, b) in enumerate(zip(wrong, right, strict=True)) if a != b)
-    repair = patch(path, at + 1, wrong[at], right[at])
-    return [("user", path), ("assistant", read(path)), ("tool: bash", numbered(text)), ("assistant", repair)]
-
-
-def runner_says(task: Task, text: str) -> str:
-    """What `python3 runner.py` prints when the module reads `text`, without a sandbox: the text is our own generator's."""
-    name = f"tests/test_{_module(task)[0]}"
-    test = task.files(task.setup)[name].decode()
-    space: dict[str, Any] = {}
-    exec(text, space)
-    exec(compile("\n" + test.partition("\n")[2], name, "exec"), space)  # its import, left blank
-    function = next(f for f in space if f.startswith("test_"))
-    try:
-        space[function]()
-    except Exception as error:
-        return f"FAIL {function}: {runner._why(error, name, test)}\n1 failed, 2 passed\n"
-    return "3 passed\n"
-
-
-def comeback(task: Task, seed: int) -> list[Message]:
-    """A drill whose first edit was wrong, as messages; "mistake" is what the policy said and is not taught."""
-    path, text, gold = _module(task)
-    rng = random.Random(f"comeback/{seed}/{task.id}")
-    right, lines = gold.split("\n"), text.split("\n")
-    bug = next(i for i, (a, b) in enumerate(zip(lines, right, strict=True)) if a != b)
-    messages = drill(task)[:3]
-    for _ in range(rng.choice((1, 1, 2))):
-        places = [i for i in range(2, len(lines)) if variants(lines[i])]
-        at = bug if rng.random() < 0.5 else rng.choice(places)
-        options = [v for v in variants(lines[at]) if v != right[at] and "= *" not in v]  # `out = *1` is no code
-        new = rng.choice(options or [lines[at]])
-        if new == lines[at]:
-            continue
-        messages += [("mistake", patch(path, at + 1, lines[at], new)), ("tool: bash", "")]
-        undo, lines[at] = lines[at], new
-        messages += [("mistake", bash(task.grader.command)), ("tool: bash", runner_says(task, "\n".join(lines)))]
-        if at != bug:
-            messages += [("assistant", patch(path, at + 1, new, undo)), ("tool: bash", "")]
-            lines[at] = undo
-    return [*messages, ("assistant", patch(path, bug + 1, lines[bug], right[bug]))]
-
-
-def inspection(task: Task, seed: int) -> list[Message]:
-    """One turn: read the module, in which each line has one changed token with a probability of 0.35."""
-    path, _, gold = _module(task)
-    rng = random.Random(f"inspection/{seed}/{task.id}")
-    lines = gold.split("\n")
-    for i in range(2, len(lines)):
-        if (options := variants(lines[i])) and rng.random() < 0.35:
-            lines[i] = rng.choice(options)
-    return [("user", path), ("assistant", read(path)), ("tool: bash", numbered("\n".join(lines)))]
-
-
-KINDS: dict[str, Callable[[Task, int], list[Message]]] = {
-    "drill": lambda task, seed: drill(task),
-    "comeback": comeback,
-    "inspection": inspection,
-}
-"""What a warm start is made of beside episodes."""
-
-
 def inspected(renderer: Renderer, messages: Sequence[Message], task: Task) -> Row:
-    """A drill or an inspection with its tokens marked. Behind a change that has another number of tokens nothing is known."""
+    """A conversation with the tokens of what was read of the task's module marked. Behind a change that has another number
+    of tokens nothing is known."""
+    path, _, gold = module_of(task)
+    right = renderer.encode(numbered(gold))
     ids, mask = render(renderer, messages)
-    right, wrong = [-1] * len(ids), [-1] * len(ids)
-    gold = renderer.encode(numbered(_module(task)[2]))
-    begin = len(render(renderer, messages[:2])[0]) + 1  # behind the observation's header
-    shown = len(renderer.encode(messages[2][1]))
-    right[begin : begin + shown] = (gold + [-1] * shown)[:shown]
-    for at in range(begin, begin + shown):
-        wrong[at] = int(ids[at] != right[at])
-        if wrong[at] and shown != len(gold):
-            break
+    wrong = [-1] * len(ids)
+    for at, (_, action) in enumerate(messages):
+        if action != read(path):
+            continue
+        shown = renderer.encode(messages[at + 1][1])
+        begin = len(render(renderer, messages[: at + 1])[0]) + 1  # behind the observation's header
+        for i, (a, b) in enumerate(zip(shown, right, strict=False)):
+            wrong[begin + i] = int(a != b)
+            if a != b and len(shown) != len(right):
+                break
     return Row(ids, mask, wrong)
 
 
@@ -390,10 +311,9 @@ def fit(model: Any, rows: Sequence[Row], config: WarmStart, tokenizer: Path, wor
 def warm_start(config: WarmStart, out: Path, workdir: Path, backend: str = "auto") -> dict[str, Any]:
     """Collect, train a tokenizer and a model from nothing, and save both in `out` with what they were made from."""
     workdir.mkdir(parents=True, exist_ok=True)
-    solved = collect(config, workdir / "experts.jsonl", backend)
-    episodes: list[list[Message]] = [
-        json.loads(line)[0] for line in (workdir / "experts.jsonl").read_text().splitlines()
-    ]
+    played = workdir / f"experts-{config.seed}.jsonl"
+    solved = collect(config, played, backend)
+    episodes: list[list[Message]] = [json.loads(line)[0] for line in played.read_text().splitlines()]
     out.mkdir(parents=True, exist_ok=True)
     texts = (content for messages in episodes[:2000] for _, content in messages)
     train_tokenizer(texts, config.vocab_size).save(str(out / "tokenizer.json"))

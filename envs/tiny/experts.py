@@ -34,7 +34,7 @@ class Noise:
     test: float = 0.35
     """The tests are run after an edit."""
     retry: float = 0.5
-    """A failing test is answered by another attempt instead of a submission."""
+    """A failing test is answered by another look and attempt instead of a submission."""
     detour: float = 0.1
     """The episode starts with `ls` or the tests instead of reading the module."""
 
@@ -56,16 +56,20 @@ def read(path: str) -> str:
 
 def patch(path: str, number: int, old: str, new: str) -> str:
     """The action that turns line `number` (from 1) of a file from `old` into `new`: the changed tokens with as many before
-    them as make the first match the right one."""
+    them as make the first match the right one. A changed digit is matched by `.`: which it was need not be said."""
     before, after = TOKEN.findall(old), TOKEN.findall(new)
     first = next(i for i, (a, b) in enumerate(zip_longest(before, after)) if a != b)
     tail = next(i for i, (a, b) in enumerate(zip_longest(before[::-1], after[::-1])) if a != b)
     tail = min(tail, len(before) - first, len(after) - first)
+    changed = before[first : len(before) - tail]
+    wild = "." if len(changed) == 1 and len(changed[0]) == 1 and changed[0].isdigit() else None
     for start in range(first - 1, -1, -1):
-        was, becomes = "".join(before[start : len(before) - tail]), "".join(after[start : len(after) - tail])
-        if was.strip() != "".join(before[first : len(before) - tail]) and old.replace(was, becomes, 1) == new:
+        lead, was, becomes = "".join(before[start:first]), "".join(changed), "".join(after[start : len(after) - tail])
+        match = re.escape(lead) + (wild or re.escape(was))
+        if lead.strip() and re.sub(match, becomes.replace("\\", r"\\"), old, count=1) == new:
             break
-    was, becomes = re.sub(r"([\\/*.\[\]^$])", r"\\\1", was), re.sub(r"([\\/&])", r"\\\1", becomes)
+    was = re.sub(r"([\\/*.\[\]^$])", r"\\\1", lead) + (wild or re.sub(r"([\\/*.\[\]^$])", r"\\\1", was))
+    becomes = re.sub(r"([\\/&])", r"\\\1", becomes)
     return bash(f"sed -i '{number}s/{was}/{becomes}/' {path}")
 
 
@@ -136,7 +140,7 @@ class Expert:
     def _after_test(self, observation: str) -> str:
         if "failed" not in observation or self.rng.random() >= self.noise.retry:
             return SUBMIT
-        return self._attempt(observation)
+        return self._read(observation)
 
 
 def variants(line: str) -> list[str]:

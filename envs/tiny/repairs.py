@@ -31,7 +31,7 @@ MODULES = ("shop", "bank", "game", "farm", "trip", "mill")
 NAMES = ("cost", "fee", "gain", "rate", "score", "bill", "load", "tax", "price", "total", "rank", "share")
 VISIBLE, HIDDEN = 3, 12
 BUDGET = Budget(
-    turns=8, tokens=480, turn_tokens=72, seconds=120.0, command_seconds=10.0, observation_chars=900, format_errors=2
+    turns=12, tokens=640, turn_tokens=72, seconds=120.0, command_seconds=10.0, observation_chars=900, format_errors=2
 )
 LIMITS = Limits(memory_mb=256, pids=16, disk_mb=8, output_kb=16)
 

@@ -42,7 +42,7 @@ def main(argv):
                 function()
             except BaseException as error:
                 failed += 1
-                print("FAIL", f"{name}::{test}") if verdicts else print(f"FAIL {test}: {_why(error, name, source)}")
+                print("FAIL", f"{name}::{test}") if verdicts else print(f"FAIL {test}: {why(error, name, source)}")
             else:
                 passed += 1
                 if verdicts:
@@ -53,7 +53,7 @@ def main(argv):
     return 2 if errors else 1 if failed else 0 if passed else 5
 
 
-def _why(error, name, source):
+def why(error, name, source):
     """The failing assert, or the exception with its line."""
     line, trace = 0, error.__traceback__
     while trace is not None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 OPERATORS = {"+": "plus", "-": "minus", "*": "times"}
 COMPARES = {"<": "below", "<=": "at most", ">": "above", ">=": "at least"}
 WORDS = {**OPERATORS, **COMPARES, "max": "larger", "min": "smaller"}
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SCALARS = ("a", "b", "m", "n")
 
 
@@ -177,7 +178,7 @@ def draw(template: str, name: str, rng: random.Random) -> Function:
     body = tuple(line for _, lines in pieces for line in lines)
     used = set(re.findall(r"\w+", " ".join(body)))
     params = tuple(p for p in ("xs", atoms.a, atoms.b) if p in used)
-    doc = "; ".join(phrase for phrase, _ in pieces) + "."
+    doc = re.sub(r"\d", lambda k: NUMBERS[int(k[0])], "; ".join(phrase for phrase, _ in pieces) + ".")
     return Function(template, name, params, doc, body, tuple("list" if p == "xs" else "int" for p in params))
 
 
@@ -187,7 +188,7 @@ TOKEN = re.compile(r"\d+|[A-Za-z_]+|<=|>=|==|!=|[-+*<>%=]|\s+|.")
 def mutants(function: Function, line: int) -> list[tuple[str, str]]:
     """Every one-token change of one body line, as (kind, new line).
 
-    Kinds: operator, compare, constant (off by one), variable, minmax.
+    Kinds: operator, compare, constant (off by two or three, one digit), variable, minmax.
     """
     tokens = TOKEN.findall(function.body[line])
     scope = [p for p, kind in zip(function.params, function.kinds, strict=True) if kind == "int"]
@@ -208,7 +209,8 @@ def changes(token: str, scope: list[str]) -> list[tuple[str, str]]:
     if token in COMPARES:
         return [("compare", t) for t in COMPARES if t != token]
     if token.isdigit():
-        return [("constant", str(int(token) + step)) for step in (-1, 1)]
+        near = (int(token) + step for step in (-3, -2, 2, 3))  # off by one is what another comparison repairs
+        return [("constant", str(k)) for k in near if 0 < k < 10]
     if token in ("min", "max"):
         return [("minmax", "max" if token == "min" else "min")]
     if token in scope:

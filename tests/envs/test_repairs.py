@@ -84,6 +84,10 @@ def test_a_patch_turns_any_variant_into_any_other(sets):
         assert sed(patch("a.py", 2, old, new), f"{old}{old}") == f"{old}{new}", (old, new)
 
 
+def test_a_patch_need_not_know_the_wrong_digit():
+    assert "sed -i '4s/== ./== 2/' a.py" in patch("a.py", 4, "return out % 5 == 5", "return out % 5 == 2")
+
+
 def test_unknown_split_and_runner_are_one_line():
     with pytest.raises(ValueError, match="unknown split 'test'"):
         repairs.task("test", 0)

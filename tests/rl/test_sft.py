@@ -9,11 +9,12 @@ import torch
 from agents.trajectory import Segment, Trajectory
 from envs.swe.env import SWEEnv
 from envs.tiny import repairs
+from envs.tiny.drills import comeback, drill, inspection
 from policy import models
 from policy.models import ModelConfig
 from policy.renderer import Renderer
 from rl.config import ROOT
-from rl.sft import Muon, WarmStart, _orthogonal, comeback, drill, imitate, inspected, inspection, render, warm_start
+from rl.sft import Muon, WarmStart, _orthogonal, imitate, inspected, render, warm_start
 
 SMALL = WarmStart(
     drills=40, comebacks=8, inspections=8, probe_layer=1, episodes=12, epochs=1.0, tokens_per_step=1024, warmup=2, vocab_size=480, model=ModelConfig(hidden_size=32, layers=1, heads=2, kv_heads=2, intermediate_size=32)
@@ -43,11 +44,11 @@ def test_it_is_rebuilt_bit_for_bit(made, tmp_path):
 
 def test_collecting_goes_on_after_a_torn_line(made, tmp_path):
     root, _ = made
-    lines = (root / "work" / "experts.jsonl").read_text()
+    lines = (root / "work" / "experts-0.jsonl").read_text()
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "experts.jsonl").write_text(lines[: len(lines) // 2])
+    (tmp_path / "work" / "experts-0.jsonl").write_text(lines[: len(lines) // 2])
     warm_start(SMALL, tmp_path / "out", tmp_path / "work")
-    assert (tmp_path / "work" / "experts.jsonl").read_text() == lines
+    assert (tmp_path / "work" / "experts-0.jsonl").read_text() == lines
 
 
 def play(task, messages):
