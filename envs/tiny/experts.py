@@ -26,7 +26,7 @@ class Noise:
     right: float = 0.5
     """An edit makes the right change."""
     wrong_line: float = 0.3
-    """A wrong edit hits another line of the same function (else the right line with a wrong token)."""
+    """A wrong edit hits another line of the same function (else the right token, which it turns into a wrong one)."""
     miss: float = 0.06
     """An edit names a neighbouring line, where it changes nothing."""
     skip: float = 0.06
@@ -122,8 +122,12 @@ class Expert:
         if self.rng.random() < self.noise.right:
             return self._change(self.bug, self.gold[self.bug])
         others = [i for i in self.body if i != self.bug]
-        at = self.rng.choice(others) if others and self.rng.random() < self.noise.wrong_line else self.bug
-        options = [t for t in variants(self.lines[at]) if t not in (self.gold[at], self.lines[at])]
+        options = siblings(self.lines[self.bug], self.gold[self.bug])
+        at = self.bug
+        if others and (not options or self.rng.random() < self.noise.wrong_line):
+            at = self.rng.choice(others)
+            options = self.rng.choice(changes_by_token(self.lines[at]))
+        options = [t for t in options if t not in (self.gold[at], self.lines[at])]
         self.wrong = at
         return self._change(at, self.rng.choice(options) if options else self.gold[at])
 
@@ -143,12 +147,24 @@ class Expert:
         return self._read(observation)
 
 
-def variants(line: str) -> list[str]:
-    """Every one-token change of a line of code, as far as the line alone tells which."""
+def changes_by_token(line: str) -> list[list[str]]:
+    """Every one-token change of a line of code, as far as the line alone tells which, by the token that is changed."""
     tokens = TOKEN.findall(line)
     names = sorted({t for t in tokens if t.isidentifier() and len(t) == 1} | ({"out"} if "out" in tokens else set()))
     found = []
     for at, token in enumerate(tokens):
         scope = names if not line.lstrip().startswith("for") and "=" not in tokens[at + 1 : at + 3] else []
-        found += ["".join([*tokens[:at], new, *tokens[at + 1 :]]) for _, new in changes(token, scope)]
-    return found
+        found.append(["".join([*tokens[:at], new, *tokens[at + 1 :]]) for _, new in changes(token, scope)])
+    return [options for options in found if options]
+
+
+def variants(line: str) -> list[str]:
+    """The same, in one list."""
+    return [option for options in changes_by_token(line) for option in options]
+
+
+def siblings(line: str, right: str) -> list[str]:
+    """The other wrong turns of the token that makes a line wrong. Edits of this sort are of the same kinds as right ones: a
+    policy that learns to avoid them need not learn to avoid a kind."""
+    found = next((options for options in changes_by_token(line) if right in options), [])
+    return [option for option in found if option != right]
