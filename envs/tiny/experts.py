@@ -1,10 +1,10 @@
 """Deliberately imperfect scripted experts of `tiny-repairs`: what the default policy's warm start imitates.
 
 They know the right line (from the task's provenance) and act on it only sometimes. The noise is stated by `Noise`, and it
-is of four sorts: a plausible wrong edit (another one-token change, on the right line or another line of the function), an
-edit of a neighbouring line, where nothing matches, no edit at all, and giving up: submitting without a test, or in spite of
-a failing one. They read with `cat -n` and edit with `sed`, by line number: naming a line takes one token, where the SEARCH
-of an `edit` call copies it, which a policy of this size learned last.
+is of four sorts: a plausible wrong edit (the wrong token turned into another wrong one, or another line changed), an edit of
+a neighbouring line, where nothing matches, no edit at all, and giving up: submitting without a test, or in spite of a failing
+one. They read with `cat -n` and edit with `sed`, by line number: naming a line takes one token, where the SEARCH of an `edit`
+call copies it, which a policy of this size learned last.
 """
 
 from __future__ import annotations

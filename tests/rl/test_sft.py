@@ -76,7 +76,7 @@ def test_a_drill_is_what_happens_in_the_sandbox_and_repairs_the_bug(made):
 
 def test_a_comeback_repairs_its_own_mistakes_which_are_not_taught(made):
     renderer, undone = Renderer(made[0] / "out"), 0
-    for index in range(6):
+    for index in range(20):
         task = repairs.task("train", index)
         messages = comeback(task, 0)
         mistakes = [text for role, text in messages if role == "mistake"]
