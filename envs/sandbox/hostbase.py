@@ -10,11 +10,8 @@ import sys
 import tarfile
 from pathlib import Path
 
-from envs.errors import Unsupported
-
 _SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _ETC = ("/etc/ld.so.cache", "/etc/alternatives")
-_OWN = ("/tmp/", "/var/tmp/", "/dev/shm/")
 _RESERVED = ("/usr", *(f"/{name}" for name in _SYSTEM), "/etc", "/proc", "/sys", "/dev", "/run")
 
 
@@ -98,9 +95,4 @@ def _interpreter() -> tuple[str, ...]:
     for path in sorted({str(base.resolve()), str(base.absolute()), str(own.absolute())}):
         if not any(f"{path}/".startswith(f"{other}/") for other in ("/usr", *found)):
             found.append(path)
-        if path.startswith(_OWN):
-            raise Unsupported(
-                f'base="host": the interpreter {path} lies under a directory that each sandbox has of its own'
-                f" ({', '.join(_OWN)}); make the virtual environment elsewhere"
-            )
     return tuple(found)
