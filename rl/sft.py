@@ -68,6 +68,11 @@ class WarmStart:
     noise: Noise = field(default_factory=Noise)
     model: ModelConfig = field(default_factory=lambda: ModelConfig(hidden_size=96, intermediate_size=256))
 
+    def __post_init__(self) -> None:
+        for name in ("episodes", "drills", "comebacks", "inspections"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative; 0 leaves them out")
+
 
 def play_expert(env: SWEEnv, task: Task, noise: Noise, seed: int) -> tuple[list[Message], float]:
     """One expert episode through the real environment, as messages, and its reward."""

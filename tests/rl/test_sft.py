@@ -120,6 +120,11 @@ def test_imitation_uses_resolved_trajectories_only(made, tmp_path):
         imitate(tmp_path / "none", root / "out", tmp_path / "x", SMALL, tmp_path / "work")
 
 
+def test_a_negative_count_is_one_line():
+    with pytest.raises(ValueError, match=r"^drills=-3 is negative; 0 leaves them out$"):
+        WarmStart(drills=-3)
+
+
 def test_muon_orthogonalises():
     matrix = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     singular = torch.linalg.svdvals(_orthogonal(matrix))
