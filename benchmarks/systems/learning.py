@@ -11,6 +11,7 @@ rejection-sampling fine-tuning on the RL run's own samples, pass@k before and af
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from benchmarks.stats import paired, pass_at_k, wilson
 from benchmarks.systems.base import cpu_seconds, row
 from envs.tiny import repairs
 from rl import spawn
-from rl.config import ROOT, Config, load
+from rl.config import ROOT, Config, dump, load
 from rl.evaluate import Player, orders
 from rl.metrics import read
 
@@ -71,6 +72,15 @@ class Lab:
         self.args, self.out = args, args.out.absolute()
         self.out.mkdir(parents=True, exist_ok=True)
         self.config = load(ROOT / args.recipe)
+        weights = hashlib.sha256((self.config.model / "model.safetensors").read_bytes()).hexdigest()
+        measured = f"# {args.tasks} tasks, warm start {weights}\n{dump(self.config)}"
+        kept = self.out / "measured.toml"
+        if kept.exists() and kept.read_text() != measured:
+            raise ValueError(
+                f"{self.out} holds parts of another recipe, warm start or number of tasks (measured.toml there says which); "
+                "give another --out, or delete it"
+            )
+        kept.write_text(measured)
 
     def once(self, name: str, make: Any) -> Any:
         """The finished part `name`, or make it."""
