@@ -22,6 +22,7 @@ from pathlib import PurePosixPath
 from envs.env import Outcome
 from envs.errors import SandboxDead
 from envs.sandbox.base import Backend, Changes, Result
+from envs.syntax import parse
 from envs.task import Task
 
 DROPPED_NAMES = frozenset(
@@ -93,10 +94,9 @@ def _twin(node: ast.Assert) -> ast.Assert:
             value = ...
         if value is not ...:
             other = not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else [value]
-            return ast.Assert(
-                test=ast.Compare(left=test.left, ops=test.ops, comparators=[ast.parse(repr(other), mode="eval").body]),
-                msg=None,
-            )
+            shown = parse(repr(other)).body[0]
+            assert isinstance(shown, ast.Expr)
+            return ast.Assert(test=ast.Compare(left=test.left, ops=test.ops, comparators=[shown.value]), msg=None)
     return ast.Assert(test=ast.UnaryOp(op=ast.Not(), operand=test), msg=None)
 
 
@@ -107,7 +107,7 @@ def sentinels(hidden: Mapping[str, bytes], rng: random.Random) -> tuple[dict[str
     """
     files, ids = {}, {}
     for path, data in hidden.items():
-        tree = ast.parse(data)
+        tree = parse(data)
         twin = f"{PurePosixPath(path).parent}/test_{rng.getrandbits(48):012x}.py"
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):

@@ -23,6 +23,7 @@ from importlib import resources
 from typing import Any
 
 from envs.sandbox.base import Limits
+from envs.syntax import parse
 from envs.task import Budget, Grader, Task, sha256
 from envs.tiny.templates import HELD_OUT, TRAIN, Function, draw, mutants
 
@@ -61,7 +62,7 @@ class _Canonical(ast.NodeTransformer):
 
 def normalised(source: str) -> str:
     """Source of one function without its docstring, every identifier renamed in order of appearance."""
-    return ast.unparse(_Canonical().visit(ast.parse(source)))
+    return ast.unparse(_Canonical().visit(parse(source)))
 
 
 def split_of(buggy: str) -> str:
