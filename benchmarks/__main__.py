@@ -7,6 +7,7 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from envs.errors import user_errors
 
@@ -27,12 +28,12 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = p.add_subparsers(dest="command", required=True)
-    systems = commands.add_parser("systems", help="measure a part of the system").add_subparsers(
-        dest="name", required=True
-    )
+    shown: dict[str, Any] = {"epilog": EXAMPLE, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    part = commands.add_parser("systems", help="measure a part of the system", **shown)
+    systems = part.add_subparsers(dest="name", required=True)
     for name in SYSTEMS:
         module = import_module(f"benchmarks.systems.{name}")
-        one = systems.add_parser(name, help=(module.__doc__ or "").split("\n")[0])
+        one = systems.add_parser(name, help=(module.__doc__ or "").split("\n")[0], **shown)
         one.add_argument("--json", type=Path, help="write the rows to a file")
         module.options(one)
     return p

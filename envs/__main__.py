@@ -25,7 +25,12 @@ def parser() -> argparse.ArgumentParser:
         "python -m envs", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = p.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser("doctor", help="what this host can enforce")
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this host can enforce",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     doctor.add_argument("--json", metavar="F", help="write the table to a file as well")
     play = commands.add_parser(
         "play", help="play an environment by hand", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -37,12 +42,20 @@ def parser() -> argparse.ArgumentParser:
     play.add_argument("--split", default="train", help="split (default: %(default)s)")
     play.add_argument(
         "--kwargs",
-        type=json.loads,
+        type=arguments,
         default={},
         metavar="JSON",
         help='constructor arguments, e.g. \'{"backend": "docker"}\'',
     )
     return p
+
+
+def arguments(text: str) -> dict[str, Any]:
+    """Constructor arguments as a JSON object; `ValueError` for anything else."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"{text!r} is no JSON object")
+    return found
 
 
 def read_action() -> str | None:
@@ -102,7 +115,7 @@ def doctor(args: Any) -> int:
         Path(args.json).write_text(
             json.dumps([{"what": w, "value": v, "remedy": r} for w, v, r in rows], indent=1) + "\n"
         )
-    return 0
+    return int(not any(what.startswith("sandbox") and value == "works" for what, value, _ in rows))
 
 
 def main(argv: list[str] | None = None) -> int:

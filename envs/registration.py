@@ -7,6 +7,7 @@ also name a `module:Class` itself, which needs no registration at all.
 from __future__ import annotations
 
 import importlib
+import inspect
 from importlib.metadata import entry_points
 from typing import Any, cast
 
@@ -71,4 +72,10 @@ def _from_path(path: str, kwargs: dict[str, Any]) -> gymnasium.Env[str, str]:
     except AttributeError:
         known = [n for n in vars(importlib.import_module(module)) if not n.startswith("_")]
         raise ValueError(f"environment {path!r}: module {module!r} has no {name!r}.{nearest(name, known)}") from None
+    try:
+        inspect.signature(cls).bind(**kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"environment {path!r} does not take the arguments {kwargs!r}: {error}; change env.kwargs, or the class"
+        ) from None
     return cast("gymnasium.Env[str, str]", cls(**kwargs))

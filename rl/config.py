@@ -26,7 +26,7 @@ class EnvConfig:
     id: str = "codeworld/SWE-v0"
     """Registered id, or `module:Class`."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Constructor arguments of the environment."""
+    """Constructor arguments of the environment. A command line that names another `id` starts without the recipe's."""
     split: str = "train"
     first_task: int = 1_000_000
     """Index of the first training task; the warm start's experts used 0 and up."""
@@ -138,15 +138,18 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("steps", self.steps),
-            ("rollout.group_size", self.rollout.group_size - 1),
-            ("learn.groups_per_step", self.learn.groups_per_step),
+        for name, value, least in (
+            ("steps", self.steps, 1),
+            ("checkpoint_every", self.checkpoint_every, 1),
+            ("rollout.workers", self.rollout.workers, 1),
+            ("rollout.episodes", self.rollout.episodes, 1),
+            ("rollout.group_size", self.rollout.group_size, 2),
+            ("learn.groups_per_step", self.learn.groups_per_step, 1),
+            ("eval.tasks", self.eval.tasks, 1),
+            ("eval.every", self.eval.every, 0),
         ):
-            if value < 1:
-                raise ValueError(
-                    f"{name} is too small; steps and groups_per_step are at least 1, group_size at least 2"
-                )
+            if value < least:
+                raise ValueError(f"{name}={value} is too small; give at least {least}")
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name!r} is no directory name; use letters, digits, - and _")
 
@@ -172,6 +175,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {path} is not TOML: {error}; repair that line") from None
+    own = raw.get("env", {})
+    if any(o.startswith("env.id=") and o != f"env.id={own.get('id')}" for o in overrides):
+        own.pop("kwargs", None)  # they are another environment's
     for override in overrides:
         _apply(raw, override)
     return build(Config, {"name": path.stem, **raw}, str(path))

@@ -279,7 +279,12 @@ class RunLock:
         self._file.flush()
 
     def release(self) -> None:
-        """Give the directory back; calling it again is fine."""
+        """Give the directory back, and remove it if nothing but the lock is in it; calling it again is fine."""
+        if self._file.closed:
+            return
+        if [p.name for p in self.path.parent.iterdir()] == [self.path.name]:
+            self.path.unlink()
+            self.path.parent.rmdir()
         self._file.close()
 
     def __enter__(self) -> RunLock:

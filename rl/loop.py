@@ -20,13 +20,16 @@ Weights are swapped in the engine between decode steps while episodes go on; an 
 
 from __future__ import annotations
 
+import math
 import queue
 import random
+import time
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from agents.trajectory import Group, Trajectory
@@ -36,10 +39,28 @@ from rl.batch import BatchReport, rows_of
 from rl.config import Config
 from rl.parts import Parts
 from rl.record import Record
+from rl.spawn import Handle
 from rl.worker import Order
 
 PARITY = 1e-4
 """Largest allowed difference of engine and learner log-probs after a publish, nats, fp32."""
+
+LOST_ROUNDS = 2
+"""So many times the episodes in flight may be lost to the infrastructure in a row; then the run stops."""
+
+Scores = Sequence[Sequence[float]]
+"""Log-probs of each token of some sequences."""
+
+
+def parity_of(engine: Scores, learner: Scores, version: int) -> float:
+    """Largest difference, nats. `InfraError` above `PARITY`, or where one is no number: nothing after it could be trusted."""
+    gaps = [abs(a - b) for mine, theirs in zip(engine, learner, strict=True) for a, b in zip(mine, theirs, strict=True)]
+    if not all(gap <= PARITY for gap in gaps):
+        worst = math.nan if any(map(math.isnan, gaps)) else max(gaps)
+        raise InfraError(
+            f"engine and learner differ by {worst:.2e} nats under version {version} (allowed {PARITY}); resume from the last checkpoint"
+        )
+    return max(gaps)
 
 
 @dataclass
@@ -84,11 +105,14 @@ class Loop:
         self.reissue: deque[tuple[str, int]] = deque()
         self.evaluations: dict[str, _Evaluation] = {}
         self.in_flight = self.infra = self.dropped = 0
+        self.lost = 0  # episodes in a row
+        self.due: dict[Future[Trajectory], tuple[float, Handle]] = {}
         self.training = 0  # groups of the batch in the learner
         self.load = [0] * len(parts.workers)
-        self.learning = self.stopping = False
+        self.learning = False
         self.evaluated: set[int] = set()
         self.probes: list[list[int]] = []
+        self.deadline = config.rollout.deadline if config.rollout.spawn == "ray" else math.inf
         self.shuffle = random.Random(config.seed) if config.learn.control == "shuffle" else None
 
     def resume(self, step: int) -> None:
@@ -100,6 +124,7 @@ class Loop:
         self.reissue = deque((e.id, e.task_index) for e in journal.entries("pending"))
         self.next_task = max(0, journal.next_index() - self.config.env.first_task)
         self.evaluated = self.record.evaluated()
+        self.infra, self.dropped = (int(self.record.before.get(k, 0)) for k in ("infra", "dropped_groups"))
 
     def run(self) -> None:
         """Train to `config.steps`. Raises what a part or the parity check raised; `record` can be resumed from."""
@@ -107,13 +132,24 @@ class Loop:
         while self.step < self.config.steps or self.learning or self.evaluations:
             self.feed()
             self.learn()
-            try:
-                handler, context, future = self.inbox.get(timeout=1.0)
-            except queue.Empty:
-                self.record.view(self)
-                continue
-            handler(context, future)
+            self.expire()
+            self._handle()
         self.record.checkpoint(self)
+
+    def settle(self, seconds: float = 60.0) -> bool:
+        """Finish the update that is under way, so that a checkpoint can be written; False where it does not end in time."""
+        limit = time.monotonic() + seconds
+        while self.learning and time.monotonic() < limit:
+            self._handle()
+        return not self.learning
+
+    def _handle(self) -> None:
+        try:
+            handler, context, future = self.inbox.get(timeout=1.0)
+        except queue.Empty:
+            self.record.view(self)
+            return
+        handler(context, future)
 
     # ------------------------------------------------------------------ feed and roll out
 
@@ -158,7 +194,17 @@ class Loop:
         worker = self.parts.workers[at]
         self.load[at] += 1
         self.in_flight += 1
-        self._after(worker.call("play", order), self.played, (order, at, worker))
+        future = worker.call("play", order)
+        self.due[future] = (time.monotonic() + self.deadline, worker)
+        self._after(future, self.played, (order, at, worker))
+
+    def expire(self) -> None:
+        """Kill a worker whose oldest episode is past its deadline: it hangs. What it played comes back to `played` as lost."""
+        now = time.monotonic()
+        for future, (deadline, worker) in tuple(islice(self.due.items(), 1)):
+            if deadline < now:
+                del self.due[future]
+                worker.kill()
 
     def _after(self, future: Future[Any], handler: Callable[..., None], context: Any = None) -> None:
         future.add_done_callback(lambda done: self.inbox.put((handler, context, done)))
@@ -168,6 +214,7 @@ class Loop:
     def played(self, context: tuple[Order, int, Any], future: Future[Trajectory]) -> None:
         """An episode ended: retry it if the infrastructure failed, else put it where it belongs."""
         order, at, worker = context
+        self.due.pop(future, None)
         self.load[at] -= 1
         self.in_flight -= 1
         try:
@@ -175,8 +222,13 @@ class Loop:
         except InfraError as error:
             trajectory = Trajectory(task_id=str(order.index), sample=order.sample, info={"why": str(error)})
             self.parts.replace(at, worker)
+        self.lost = self.lost + 1 if trajectory.reward is None else 0
         if trajectory.reward is None:
             self.infra += 1
+            if self.lost > LOST_ROUNDS * self.config.rollout.in_flight + 16:
+                raise InfraError(
+                    f"{self.lost} episodes in a row were lost to the infrastructure, the last one so: {trajectory.info.get('why', 'no reason given')}"
+                )
             if order.attempt < self.config.rollout.retries:
                 self.orders.appendleft(replace(order, attempt=order.attempt + 1))
                 return
@@ -248,14 +300,9 @@ class Loop:
         self._after(self.parts.engine.call("score", self.probes), self.compare, (version, scores))
 
     def compare(self, context: tuple[int, Future[list[list[float]]]], future: Future[list[list[float]]]) -> None:
-        """Engine and learner must agree on the probes, or the run stops: nothing after this could be trusted."""
+        """Engine and learner must agree on the probes, or the run stops."""
         version, scores = context
-        pairs = zip(future.result(), scores.result(), strict=True)
-        parity = max(abs(a - b) for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True))
-        if not parity <= PARITY:
-            raise InfraError(
-                f"engine and learner differ by {parity:.2e} nats under version {version} (allowed {PARITY}); resume from the last checkpoint"
-            )
+        parity = parity_of(future.result(), scores.result(), version)
         self.learning = False
         self.record.parity(self, parity)
         done = self.step == self.config.steps

@@ -14,6 +14,7 @@ from typing import Any
 GLOSSARY: dict[str, str] = {
     "step": "batches trained on so far",
     "wall": "seconds since the run (or its resumption) started",
+    "trajectories": "trajectories of the batch",
     "version": "version of the weights after the step",
     "reward": "mean return of the batch's graded trajectories",
     "solve_rate": "share of the batch's graded trajectories with outcome resolved",
@@ -32,6 +33,8 @@ GLOSSARY: dict[str, str] = {
     "staleness_max": "largest age in versions of any token in the batch",
     "staleness_mean": "mean over trajectories of the age of their oldest token",
     "mixed": "share of trajectories with tokens of two or more versions",
+    "dropped": "trajectories of the batch that are not in the gradient, by reason",
+    "stops": "trajectories of the batch by what ended them",
     "infra": "episodes lost to infrastructure since the run started; each was tried again or left out",
     "dropped_groups": "groups dropped since the run started, with or without a try at training",
     "in_flight": "episodes in flight when the step ended",
@@ -47,14 +50,15 @@ GLOSSARY: dict[str, str] = {
 class Sink:
     """Where metrics go. `write` returns at once; files are flushed per row, so a killed run keeps what it logged."""
 
-    def __init__(self, directory: Path, tensorboard: bool = True) -> None:
+    def __init__(self, directory: Path, tensorboard: bool = True, behind: int = 0) -> None:
+        """`behind`: the last step that is kept of what TensorBoard has."""
         self.path = directory / "metrics.jsonl"
         self._file = self.path.open("a")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(directory / "tensorboard"))
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=behind + 1)
 
     def write(self, kind: str, row: Mapping[str, Any]) -> None:
         """Append one row."""
@@ -62,8 +66,9 @@ class Sink:
         self._file.flush()
         if self._board is not None and kind in ("step", "eval"):
             prefix = "step" if kind == "step" else f"eval/{row['split']}"
-            for key, value in row.items():
-                if isinstance(value, int | float) and key in GLOSSARY and key != "step":
+            counts = {f"{k}/{name}": n for k, v in row.items() if isinstance(v, dict) for name, n in v.items()}
+            for key, value in {**row, **counts}.items():
+                if isinstance(value, int | float) and key.split("/")[0] in GLOSSARY and key != "step":
                     self._board.add_scalar(f"{prefix}/{key}", value, row["step"])
 
     def close(self) -> None:

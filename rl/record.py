@@ -15,6 +15,7 @@ The loop decides; this file only writes, counts and shows. A run directory is lo
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from rl.journal import Journal, RunLock
 from rl.ledger import bottleneck, busy_share, merge, summary
 from rl.metrics import Sink, read, truncate
 from rl.parts import Parts
+from rl.report import write_report
 from rl.view import View
 
 if TYPE_CHECKING:
@@ -36,31 +38,41 @@ if TYPE_CHECKING:
 class Record:
     """The run directory of one run."""
 
-    def __init__(self, config: Config, parts: Parts | None = None, *, resume: bool = False) -> None:
-        """Take the directory. `ValueError` where it is in use, holds a run and `resume` is off, or holds none and it is on."""
+    def __init__(self, config: Config, *, resume: bool = False) -> None:
+        """Take the directory; nothing is written until `open`. `ValueError` where it is in use, holds a run and `resume` is
+        off, or holds none and it is on."""
         self.config, self.directory = config, config.directory
+        self._held = ExitStack()
+        lock = self._held.enter_context(RunLock(self.directory))
         holds = (self.directory / "journal.sqlite").exists()
-        if holds and not resume:
+        if holds != resume:
+            lock.release()
             raise ValueError(
                 f"run directory {self.directory} holds a run; add --resume, choose another --name, or remove it"
+                if holds
+                else f"nothing to resume at {self.directory}; leave --resume out, or check --name and --runs"
             )
-        if resume and not holds:
-            raise ValueError(f"nothing to resume at {self.directory}; leave --resume out, or check --name and --runs")
-        self.lock = RunLock(self.directory)
+        self.surviving = checkpoint.latest(self.checkpoints) if resume else None
+        self.renderer = Renderer(config.model)
+        self.vocabulary = self.renderer.vocab_size
+        self.screen = self._held.enter_context(closing(View(config)))
+        self.began = time.monotonic()
+
+    def open(self, parts: Parts) -> None:
+        """The parts are up: begin the record, or go on with it behind the surviving checkpoint."""
+        self.parts = parts
         for name in ("trajectories", "evaluations"):
             (self.directory / name).mkdir(exist_ok=True)
-        self.surviving = checkpoint.latest(self.checkpoints) if resume else None
-        self.journal = Journal(self.directory / "journal.sqlite")
-        truncate(self.directory / "metrics.jsonl", self.surviving_step)
-        (self.directory / "recipe.toml").write_text(dump(config))
-        self.vocabulary = Renderer(config.model).vocab_size
-        self.sink = Sink(self.directory)
-        self.screen = View(config)
-        self.parts = parts
-        self.began = self._last_time = time.monotonic()
+        self.journal = self._held.enter_context(closing(Journal(self.directory / "journal.sqlite")))
+        metrics = self.directory / "metrics.jsonl"
+        truncate(metrics, self.surviving_step)
+        self.before: dict[str, Any] = (
+            next((r for r in reversed(read(metrics)) if r["kind"] == "step"), {}) if metrics.exists() else {}
+        )
+        (self.directory / "recipe.toml").write_text(dump(self.config))
+        self.sink = self._held.enter_context(closing(Sink(self.directory, behind=self.surviving_step)))
         self._last: dict[str, dict[str, float]] = {}
         self._row: dict[str, Any] = {}
-        self.worst_parity, self.samples, self.mixed = 0.0, 0, 0
 
     @property
     def checkpoints(self) -> Path:
@@ -86,12 +98,11 @@ class Record:
             path = self.directory / "trajectories" / f"step-{loop.step:06d}.jsonl"
             path.write_text("".join(t.to_json() + "\n" for t in trajectories))
         mixed = sum(t.oldest_version != t.newest_version for t in trajectories)
-        self.mixed += mixed
-        self.samples += len(trajectories)
         metrics = step["metrics"]
         self._row = {
             "step": loop.step,
             "version": step["version"],
+            "trajectories": len(trajectories),
             "reward": report.reward,
             "solve_rate": report.solve_rate,
             "live_groups": report.live_groups / max(1, report.groups),
@@ -110,7 +121,6 @@ class Record:
 
     def parity(self, loop: Loop, parity: float) -> None:
         """The publish that followed the batch is proven: the row is complete."""
-        self.worst_parity = max(self.worst_parity, parity)
         row = {
             **self._row,
             "parity": parity,
@@ -146,7 +156,6 @@ class Record:
 
     def checkpoint(self, loop: Loop) -> None:
         """Save the learner's state. The loop waits here: the state must be that of `loop.step`."""
-        assert self.parts is not None
         learner = self.parts.learner
         checkpoint.write(
             self.checkpoints,
@@ -159,8 +168,8 @@ class Record:
     # ------------------------------------------------------------------ ledger and end
 
     def ledgers(self) -> dict[str, dict[str, float]]:
-        """Seconds by part and label; the labels of a part sum to its clocks' wall time (episodes: one clock per slot)."""
-        assert self.parts is not None
+        """Seconds by part and label. A part's labels sum to the run's wall clock (episodes: one clock per slot); "wait_start"
+        is what passed before the part was there."""
         stats = self.parts.stats()
         found: dict[str, dict[str, float]] = {}
         if "engine" in stats:
@@ -170,6 +179,9 @@ class Record:
             found["episodes"] = merge(workers)
         if "learner" in stats:
             found["learner"] = stats["learner"]
+        for part, labels in found.items():
+            clocks = self.config.rollout.in_flight if part == "episodes" else 1
+            labels["wait_start"] = max(0.0, clocks * (time.monotonic() - self.began) - sum(labels.values()))
         self.counts = {
             k: stats.get("engine", {}).get(k, 0)
             for k in ("decoded_tokens", "prefilled_tokens", "reused_tokens", "swaps_in_flight")
@@ -190,20 +202,20 @@ class Record:
             "engine_busy": round(busy_share(change.get("engine", {})), 4),
             "env_busy": round(env / total * slots, 4) if total else 0.0,
             "learner_busy": round(busy_share(change.get("learner", {})), 4),
-            "decoded_tokens": int(self.counts["decoded_tokens"]),
+            "decoded_tokens": int(self.counts["decoded_tokens"] + self.before.get("decoded_tokens", 0)),
         }
 
     def finish(self, loop: Loop) -> str:
         """Export the model, write the report, and return the summary, whose last line names the bottleneck."""
-        from rl.report import write_report
-
-        assert self.parts is not None
         self.parts.learner.ask("export", str(self.directory / "model"), timeout=300)
         (self.directory / "model" / "tokenizer.json").write_bytes((self.config.model / "tokenizer.json").read_bytes())
         ledgers = self.ledgers()
+        steps = [r for r in read(self.directory / "metrics.jsonl") if r["kind"] == "step"]
+        trained = sum(r["trajectories"] for r in steps)
+        mixed = sum(round(r["mixed"] * r["trajectories"]) for r in steps)
         lines = [
-            f"{self.samples} trajectories trained, token ids asserted on every one; {self.mixed} hold tokens of two or more versions",
-            f"engine and learner agreed within {self.worst_parity:.1e} nats after every publish (allowed 1e-4)",
+            f"{trained} trajectories trained, token ids asserted on every one; {mixed} hold tokens of two or more versions",
+            f"engine and learner agreed within {max(r['parity'] for r in steps):.1e} nats after every publish (allowed 1e-4)",
             f"groups: {self.journal.counts()}; episodes lost to infrastructure: {loop.infra}",
             summary(ledgers),
             bottleneck(ledgers),
@@ -213,12 +225,15 @@ class Record:
             "end",
             {"step": loop.step, "wall": round(time.monotonic() - self.began, 3), "ledgers": ledgers, "summary": text},
         )
-        write_report(self.directory)
+        write_report(self.directory, self.renderer)
         return text
+
+    def interrupt(self, loop: Loop, *, whole: bool) -> None:
+        """Ctrl-C: show what was done, and keep it where no update is half done."""
+        if whole:
+            self.checkpoint(loop)
+        write_report(self.directory, self.renderer)
 
     def close(self) -> None:
         """Let go of the directory; may be called twice."""
-        self.screen.close()
-        self.sink.close()
-        self.journal.close()
-        self.lock.release()
+        self._held.close()

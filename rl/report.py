@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from policy.renderer import Renderer
 from rl.metrics import GLOSSARY, read
 
 CHARTS = (
@@ -78,13 +79,10 @@ def _bars(ledgers: dict[str, dict[str, float]]) -> str:
     return "".join(out)
 
 
-def _example(directory: Path) -> str:
+def _example(directory: Path, renderer: Renderer) -> str:
     files = sorted((directory / "evaluations").glob("*.jsonl"))
     if not files:
         return ""
-    from policy.renderer import Renderer
-
-    renderer = Renderer(directory / "model")
     rows = [json.loads(line) for line in files[-1].read_text().splitlines()]
     row = next((r for r in rows if r["outcome"] == "resolved"), rows[0] if rows else None)
     if row is None:
@@ -95,8 +93,8 @@ def _example(directory: Path) -> str:
     return f"<h2>A trajectory: {html.escape(row['task_id'])}, {row['outcome']}</h2><pre>{''.join(spans)}</pre><p>Bold: sampled by the policy, trained on. The rest was read.</p>"
 
 
-def write_report(directory: Path) -> Path:
-    """Write `report.html` from the run's own files; returns its path."""
+def write_report(directory: Path, renderer: Renderer) -> Path:
+    """Write `report.html` from the run's own files; returns its path. `renderer` is that of the run's model."""
     rows = read(directory / "metrics.jsonl")
     end: dict[str, Any] = next((r for r in reversed(rows) if r["kind"] == "end"), {})
     charts = "".join(chart(title, [c for c in _curves(rows, names) if c[1]]) for title, names in CHARTS)
@@ -110,7 +108,7 @@ def write_report(directory: Path) -> Path:
     page = (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(directory.name)}</title><style>{style}</style>"
         f"<h1>{html.escape(directory.name)}</h1><pre>{html.escape(end.get('summary', 'the run has not ended'))}</pre>{charts}"
-        f"<h2>Where the time went</h2>{_bars(end.get('ledgers', {}))}{_example(directory)}"
+        f"<h2>Where the time went</h2>{_bars(end.get('ledgers', {}))}{_example(directory, renderer)}"
         f"<h2>Recipe</h2><pre>{html.escape((directory / 'recipe.toml').read_text())}</pre><h2>Metrics</h2><table>{glossary}</table>"
     )
     path = directory / "report.html"

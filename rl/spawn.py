@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from envs.errors import InfraError
@@ -32,6 +33,9 @@ class Handle(Protocol):
     def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
         """Call and wait."""
 
+    def kill(self) -> None:
+        """End the part's process at once, without asking it; its calls end in `InfraError`. Threads can't be killed."""
+
     def stop(self) -> None:
         """End the part; running calls are lost."""
 
@@ -50,6 +54,10 @@ class ThreadHandle:
     def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
         """On the caller's own thread, so that a debugger sees one stack from the env to the engine."""
         return getattr(self.part, method)(*args)
+
+    def kill(self) -> None:
+        """See `Handle.kill`."""
+        raise NotImplementedError("threads can't be killed")
 
     def stop(self) -> None:
         """Close the part if it can be closed, then the threads."""
@@ -87,6 +95,12 @@ class RayHandle:
         except Exception as error:
             raise _translate(self.name, error) from None
 
+    def kill(self) -> None:
+        """See `Handle.kill`."""
+        import ray
+
+        ray.kill(self.actor)
+
     def stop(self) -> None:
         """Ask the part to close, then kill its process."""
         import ray
@@ -95,7 +109,7 @@ class RayHandle:
             ray.get(self.actor.close.remote(), timeout=10)
         except Exception:  # a dead or deaf part is killed all the same
             pass
-        ray.kill(self.actor)
+        self.kill()
 
 
 def _translate(name: str, error: BaseException) -> BaseException:
@@ -118,7 +132,7 @@ def start(mode: Mode, cpus: int | None = None) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the loop on a shared machine
     import ray
 
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"), str(Path.cwd()))))
     ray.init(
         address="local",  # never another run's cluster
         num_cpus=cpus,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script: import from the repository root, not from rl/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path.append(str(Path.cwd()))  # --env.id=mymodule:MyEnv, from the folder that holds it
 
 from envs.errors import InfraError, user_errors
 from rl.config import Config, dump, load
@@ -63,12 +64,22 @@ def configure(argv: list[str]) -> tuple[Config, argparse.Namespace]:
             )
         overrides.append(item[2:])
     overrides += [f"rollout.spawn={args.spawn}"] if args.spawn else []
-    overrides += [f"rollout.workers={args.workers}"] if args.workers else []
-    return load(args.recipe, overrides), args
+    overrides += [f"rollout.workers={args.workers}"] if args.workers is not None else []
+    config = load(args.recipe, overrides)
+    kept = config.directory / "recipe.toml"
+    return (again(kept, overrides) if args.resume and kept.is_file() else config), args
+
+
+def again(recipe: Path, overrides: list[str]) -> Config:
+    """The config of a run that goes on: that which it was started with, and what this command line changes."""
+    before, config = dump(load(recipe)).splitlines(), load(recipe, overrides)
+    changed = [line for line in dump(config).splitlines() if line not in before]
+    print(f"recipe: {recipe}" + "".join(f"\nchanged by this command line: {line}" for line in changed), flush=True)
+    return config
 
 
 def check(config: Config) -> None:
-    """Fail in one line, before any process starts, for what can be known here: env, backend, model, algorithm."""
+    """Fail in one line, before any process starts, for what can be known here: env, splits, backend, model, algorithm."""
     from envs.registration import make
     from policy.renderer import Renderer
     from rl.advantages import algorithm
@@ -80,6 +91,8 @@ def check(config: Config) -> None:
         backend = getattr(env, "backend", None)
         if backend is not None:
             print(f"sandboxes: {backend.name}", flush=True)
+        for split in dict.fromkeys((config.env.split, *(config.eval.splits if config.eval.every else ()))):
+            env.reset(seed=config.env.first_task, options={"split": split})
     finally:
         env.close()
 
@@ -95,15 +108,15 @@ def train(config: Config, *, resume: bool = False) -> str:
     parts = None
     try:
         spawn.start(config.rollout.spawn)
-        parts = record.parts = Parts(config)
+        parts = Parts(config)
         loop = Loop(config, parts, record)
+        record.open(parts)
         if resume:
             restore(loop, parts, record)
         try:
             loop.run()
         except KeyboardInterrupt:
-            if not loop.learning:
-                record.checkpoint(loop)
+            record.interrupt(loop, whole=loop.settle())
             print(f"stopped at step {loop.step}; go on with --resume", flush=True)
             raise
         return record.finish(loop)
@@ -115,11 +128,16 @@ def train(config: Config, *, resume: bool = False) -> str:
 
 
 def restore(loop: Loop, parts: Parts, record: Record) -> None:
-    """Bring learner, engine and journal to the surviving checkpoint."""
+    """Bring learner, engine and journal to the surviving checkpoint; the two must agree there as after every publish."""
+    from rl.loop import parity_of
+
     if record.surviving is not None:
         parts.learner.ask("load", str(record.surviving), timeout=300)
         version, weights = parts.learner.ask("weights", timeout=300)
         parts.engine.ask("publish", version, weights, timeout=300)
+        probe = [[(7 * i) % record.vocabulary for i in range(64)]]
+        mine, theirs = (part.ask("score", probe, timeout=300) for part in (parts.engine, parts.learner))
+        parity_of(mine, theirs, version)
     loop.resume(record.surviving_step)
     print(f"resumed at step {record.surviving_step}: {record.journal.counts()}", flush=True)
 

@@ -8,19 +8,20 @@ from typing import Any
 
 from rl.config import Config
 
-COLUMNS = (
-    "step",
-    "wall",
-    "reward",
-    "solve_rate",
-    "live_groups",
-    "turns",
-    "entropy",
-    "mismatch_kl",
-    "staleness_max",
-    "engine_busy",
-    "learner_busy",
-)
+COLUMNS = {
+    "step": "step",
+    "wall": "wall s",
+    "reward": "reward",
+    "solve_rate": "solved",
+    "live_groups": "live",
+    "turns": "turns",
+    "entropy": "entr",
+    "mismatch_kl": "kl",
+    "staleness_max": "stale",
+    "engine_busy": "engine",
+    "learner_busy": "learn",
+}
+"""What is shown of a step, and its heading: the table fits 80 columns."""
 
 
 class View:
@@ -43,7 +44,12 @@ class View:
         self.rows.append(row)
         self.status = f"step {row['step']}/{self.steps}, {row['in_flight']} episodes in flight"
         self._show(
-            "  ".join([f"step {row['step']}/{self.steps}", *(f"{k} {_short(row[k])}" for k in COLUMNS[1:] if k in row)])
+            "  ".join(
+                [
+                    f"step {row['step']}/{self.steps}",
+                    *(f"{k} {_short(row[k])}" for k in COLUMNS if k in row and k != "step"),
+                ]
+            )
         )
 
     def evaluation(self, row: dict[str, Any]) -> None:
@@ -66,13 +72,14 @@ class View:
             self.live.update(self._table())
 
     def _table(self) -> Any:
+        from rich.box import SIMPLE
         from rich.console import Group
         from rich.table import Table
 
-        table = Table(*COLUMNS, title=self.status)
+        table = Table(*COLUMNS.values(), title=self.status, box=None, padding=(0, 1, 0, 0), header_style="bold")
         for row in self.rows[-12:]:
             table.add_row(*(_short(row.get(k, "")) for k in COLUMNS))
-        evals = Table("step", "split", "solved", "n", title="held-out tasks")
+        evals = Table("step", "split", "solved", "n", title="held-out tasks", box=SIMPLE)
         for row in self.evals[-6:]:
             evals.add_row(str(row["step"]), row["split"], f"{row['solve']:.1%}", str(row["n"]))
         return Group(table, evals)
@@ -85,4 +92,6 @@ class View:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)

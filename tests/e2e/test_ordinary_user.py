@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_DAEMON = {"DOCKER_HOST": "unix:///nonexistent/docker.sock"}
-TRAIN = "rl/train.py rl/recipes/tiny.toml --steps=2 --learn.groups_per_step=2 --rollout.group_size=4 --rollout.episodes=8 --eval.every=0"
+SMALL = "--steps=2 --learn.groups_per_step=2 --rollout.group_size=4 --rollout.episodes=8 --eval.every=0"
+TRAIN = f"rl/train.py rl/recipes/tiny.toml {SMALL}"
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else")]
 
@@ -27,7 +28,8 @@ def place():
 
 
 def as_nobody(place, command, stdin=""):
-    """Run in the repository as uid 65534, with the interpreter and its packages bound where that user can reach them."""
+    """Run in the repository as uid 65534, with the interpreter and its packages bound where that user can reach them.
+    PYTHON in `command` is that interpreter."""
     site, base = sysconfig.get_paths()["purelib"], sys.base_prefix
     for name in ("repo", "site", "base", "home"):
         (place / name).mkdir()
@@ -38,7 +40,7 @@ def as_nobody(place, command, stdin=""):
     )
     python = place / "base" / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     setting = f"LD_LIBRARY_PATH={place}/base/lib HOME={place}/home PYTHONPATH={place}/site:{place}/repo RAY_TMPDIR={place}/home PYTHONDONTWRITEBYTECODE=1"
-    script = f"set -e; {binds} cd {place}/repo; exec setpriv --reuid=65534 --regid=65534 --clear-groups env {setting} {python} {command}"
+    script = f"set -e; {binds} cd {place}/repo; exec setpriv --reuid=65534 --regid=65534 --clear-groups env {setting} {command.replace('PYTHON', str(python))}"
     return subprocess.run(
         ["unshare", "--mount", "bash", "-c", script],
         input=stdin,
@@ -50,14 +52,16 @@ def as_nobody(place, command, stdin=""):
 
 
 def test_two_steps_of_training(place):
-    done = as_nobody(place, f"{TRAIN} --runs={place}/home/runs")
+    """`make train` with an installed environment: the installation itself is what CI begins with."""
+    arguments = f"ARGS='{SMALL} --runs={place}/home/runs'"
+    done = as_nobody(place, f"make -o .venv/installed train PY=PYTHON {arguments}")
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     assert "sandboxes: native" in done.stdout and "step 2/2" in done.stdout
     assert (place / "home/runs/tiny/report.html").stat().st_uid == 65534
 
 
 def test_an_episode_by_hand(place):
-    done = as_nobody(place, "-m envs play --task 3", stdin="bash id -u; ls\nsubmit\n")
+    done = as_nobody(place, "PYTHON -m envs play --task 3", stdin="bash id -u; ls\nsubmit\n")
     assert done.returncode == 0, done.stderr[-1500:]
     assert "runner.py" in done.stdout and "outcome unresolved" in done.stdout
 

@@ -99,7 +99,9 @@ def test_parity_and_ledger_are_in_the_record(run):
     assert all(0 <= r["parity"] <= 1e-4 for r in rows(directory, "step"))
     (end,) = rows(directory, "end")
     assert set(end["ledgers"]) == {"engine", "episodes", "learner"}
-    assert sum(end["ledgers"]["engine"].values()) == pytest.approx(sum(end["ledgers"]["learner"].values()), rel=0.5)
+    for part, labels in end["ledgers"].items():
+        assert sum(labels.values()) == pytest.approx(end["wall"] * (16 if part == "episodes" else 1), rel=0.02), part
+        assert labels["wait_start"] < 0.9 * sum(labels.values())
 
 
 def test_a_finished_run_is_not_overwritten_and_resumes_to_more_steps(run, tmp_path):
@@ -172,6 +174,8 @@ def test_a_dead_rollout_worker_is_replaced(tmp_path):
     assert process.wait(200) == 0, log.read_text()[-3000:]
     last = rows(tmp_path / "tiny", "step")[-1]
     assert last["step"] == 8 and last["infra"] >= 1
+    assert any(r["mixed"] > 0 for r in rows(tmp_path / "tiny", "step")), "no trajectory saw two versions"
+    assert any(r["engine_busy"] + r["learner_busy"] > 1.05 for r in rows(tmp_path / "tiny", "step")), "no overlap"
     for path in (tmp_path / "tiny" / "trajectories").iterdir():
         for line in path.read_text().splitlines():
             trajectory = Trajectory.from_json(line)
@@ -200,9 +204,31 @@ def test_mistakes_are_one_line_status_2_nothing_written(name, tmp_path):
 
 def test_a_run_directory_in_use(tmp_path):
     lock = RunLock(tmp_path / "tiny")
+    (tmp_path / "tiny/journal.sqlite").touch()
     done = train("--steps=1", runs=tmp_path)
     lock.release()
     assert done.returncode == 2 and f"in use by process {os.getpid()}" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_episode_past_its_deadline_is_lost_and_tried_again(tmp_path):
+    """Its worker is killed, all that it played is played again, and the run ends as if nothing had been."""
+    (tmp_path / "mine.py").write_text(
+        "import envs, pathlib, time\n"
+        "class Mine(envs.Env):\n"
+        "    def reset(self, *, seed=None, options=None):\n"
+        "        super().reset(seed=seed)\n"
+        "        return 'hi', {}\n"
+        "    def step(self, action):\n"
+        "        try:\n"
+        "            pathlib.Path('MARK').touch(exist_ok=False)\n"
+        "        except FileExistsError:\n"
+        "            return '', float(len(action) % 2), True, False, {}\n"
+        "        time.sleep(1000)\n".replace("MARK", str(tmp_path / "mark"))
+    )
+    more = ("--steps=1", "--env.id=mine:Mine", "--eval.every=0", "--rollout.deadline=8")
+    done = train(*more, runs=tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert rows(tmp_path / "tiny", "step")[-1]["infra"] >= 1
 
 
 def test_a_corrupt_checkpoint(run):
@@ -236,7 +262,6 @@ def test_threads_with_one_worker_is_one_stack(tmp_path):
         "--workers",
         "1",
         "--env.id=mine:Mine",
-        "--env.kwargs={}",
         "--eval.every=0",
         runs=tmp_path,
     )
@@ -247,6 +272,5 @@ def test_threads_with_one_worker_is_one_stack(tmp_path):
         text=True,
         timeout=200,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert "('stopped at', True)" in done.stdout, done.stdout[-1000:] + done.stderr[-1000:]

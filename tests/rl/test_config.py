@@ -33,7 +33,10 @@ def test_overrides():
         ("learn.lr=fast", r"learn: lr='fast' must be float, not str"),
         ("steps=2.5", r"steps=2.5 must be int"),
         ("rollout.spawn=process", r"spawn='process' is none of ray, threads"),
-        ("steps=0", r"steps is too small"),
+        ("steps=0", r"steps=0 is too small; give at least 1"),
+        ("rollout.workers=-1", r"rollout.workers=-1 is too small"),
+        ("rollout.group_size=1", r"group_size=1 is too small; give at least 2"),
+        ("eval.tasks=0", r"eval.tasks=0 is too small"),
         ("name=a/b", r"name='a/b' is no directory name"),
         ("steps", r"override 'steps' is not of the form"),
         ("steps.x=1", r"'steps' is a value, not a section"),
@@ -52,3 +55,14 @@ def test_a_missing_or_broken_recipe(tmp_path):
     bad.write_text("steps = = 3")
     with pytest.raises(ValueError, match="is not TOML"):
         load(bad)
+
+
+def test_another_environment_starts_without_the_recipes_arguments():
+    tiny = ROOT / "rl/recipes/tiny.toml"
+    assert load(tiny, ["env.id=codeworld/SWE-v0"]).env.kwargs["reward"] == "binary"
+    assert load(tiny, ["env.id=mine:Echo"]).env.kwargs == {}
+    assert load(tiny, ["env.id=mine:Echo", "env.kwargs.word=1"]).env.kwargs == {"word": 1}
+
+
+def test_the_laptop_run_keeps_32_episodes_in_flight():
+    assert load(ROOT / "rl/recipes/tiny.toml").rollout.in_flight >= 32

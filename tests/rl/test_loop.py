@@ -1,7 +1,13 @@
 """The loop with real parts on threads: scripted actions through real workers, sandboxes, learner and engine."""
 
 import json
+import math
+import os
 import random
+import shutil
+import signal
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +19,7 @@ from policy.scripted import ScriptedPolicy
 from rl import parts, train
 from rl.config import ROOT, load
 from rl.journal import Journal
+from rl.loop import parity_of
 
 SMALL = [
     "rollout.spawn=threads", "rollout.workers=4", "rollout.group_size=4", "learn.groups_per_step=2", "steps=2", "eval.tasks=4", "eval.every=1",
@@ -81,8 +88,10 @@ def test_scripted_experts_through_the_real_loop(scripted, tmp_path):
     assert sorted(r["step"] for r in rows if r["kind"] == "eval") == [0, 1, 2]
 
 
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="a sandbox's uid is known where root made it")
 def test_infrastructure_failures_are_masked_and_refilled(scripted, tmp_path, monkeypatch):
-    """Every fourth sandbox dies at its first command: no reward comes of it, and every batch is full all the same."""
+    """Every fourth sandbox is killed at its first command: no reward comes of it, and every batch is full all the same."""
     from envs.sandbox import native
 
     real, calls = native.NativeSandbox.run, [0]
@@ -91,8 +100,7 @@ def test_infrastructure_failures_are_masked_and_refilled(scripted, tmp_path, mon
         if script.startswith("cat"):
             calls[0] += 1
             if calls[0] % 4 == 0:
-                self.close()
-                raise InfraError("killed by the test")
+                kill_sandbox(self)
         return real(self, script, **kwargs)
 
     monkeypatch.setattr(native.NativeSandbox, "run", run)
@@ -127,8 +135,86 @@ def test_the_authors_mistake_is_an_exception_with_its_line(scripted, tmp_path, m
         train.train(config(tmp_path))
 
 
+def kill_sandbox(sandbox):
+    """SIGKILL to every process of a native sandbox: as root each has a uid of its own."""
+    from envs.sandbox import native
+
+    number = int(sandbox.id.rsplit("-", 1)[1])
+    uid = native.FIRST_UID + (os.getpid() % 32768) * 16384 + number % 16384
+    killed = 0
+    for process in Path("/proc").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # the first one's end is the end of all
+            if process.name.isdigit() and process.stat().st_uid == uid:
+                os.kill(int(process.name), signal.SIGKILL)
+                killed += 1
+    assert killed, "no process of the sandbox was found"
+
+
 @pytest.mark.parametrize("stale", ["wait", "drop"])
 def test_staleness_is_bounded(scripted, tmp_path, stale):
     train.train(config(tmp_path, f"learn.stale={stale}", "learn.max_staleness=1", "steps=4", "eval.every=0"))
     rows = [json.loads(line) for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
     assert max(r["staleness_max"] for r in rows if r["kind"] == "step") <= 1
+
+
+def test_an_engine_that_always_fails_ends_the_run(scripted, tmp_path, monkeypatch):
+    def generate(self, *args):
+        raise InfraError("the engine is gone")
+
+    monkeypatch.setattr(ScriptedEngine, "generate", generate)
+    with pytest.raises(InfraError, match="episodes in a row were lost to the infrastructure.*the engine is gone"):
+        train.train(config(tmp_path))
+
+
+def test_no_number_is_no_parity():
+    assert parity_of([[-1.0], [-2.0]], [[-1.0], [-2.00005]], 1) == pytest.approx(5e-5)
+    for value in (math.nan, math.inf, -1.001):
+        with pytest.raises(InfraError, match="under version 3"):
+            parity_of([[-1.0, -1.0]], [[-1.0, value]], 3)
+
+
+def arguments(tmp_path, *more):
+    return [str(ROOT / "rl/recipes/tiny.toml"), *(f"--{item}" for item in (*SMALL, f"runs={tmp_path}", *more))]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("learn.minibatches=0", "minibatches"),
+        ("learn.max_staleness=-1", "max_staleness"),
+        ('eval.splits=["valid"]', "split"),
+        ("env.split=trian", "split"),
+        ('env.kwargs.tasks="tiny-repair"', "tiny-repair"),
+        ("policy.model={torn}", "torn"),
+    ],
+)
+def test_what_can_not_be_run_leaves_nothing_behind(tmp_path, override, said):
+    shutil.copytree(ROOT / "policy/cwm_tiny", tmp_path / "torn")
+    (tmp_path / "torn/model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=said):
+        train.main(arguments(tmp_path, override.format(torn=tmp_path / "torn")))
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_a_run_goes_on_with_its_own_recipe_and_counts_as_one(scripted, tmp_path, capsys):
+    train.main(arguments(tmp_path, "learn.algorithm=grpo", "steps=1"))
+    train.main(arguments(tmp_path, "resume", "steps=2"))
+    out = capsys.readouterr().out
+    assert "changed by this command line: steps = 2" in out and "16 trajectories trained" in out
+    assert 'algorithm = "grpo"' in (tmp_path / "tiny/recipe.toml").read_text()
+    assert "16 trajectories trained" in (tmp_path / "tiny/report.html").read_text()
+
+
+def test_ctrl_c_keeps_the_update_under_way_and_writes_the_report(scripted, tmp_path, monkeypatch):
+    from rl.loop import Loop
+
+    def publish(self, scores, future):
+        real(self, scores, future)
+        raise KeyboardInterrupt
+
+    real = Loop.publish
+    monkeypatch.setattr(Loop, "publish", publish)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(tmp_path, "checkpoint_every=100"))
+    assert (tmp_path / "tiny/checkpoints/step-000001").is_dir()
+    assert "<svg" in (tmp_path / "tiny/report.html").read_text()
