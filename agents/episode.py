@@ -74,9 +74,10 @@ def _play(
     trajectory.task_id = str(info.get("task_id", f"{options.get('split', 'train')}/{seed}"))
     trajectory.info |= info.get("provenance", {})
     words = STYLES[style]
+    # Bounds of `envs.Env`, which other Gymnasium environments lack.
     turn_tokens = min(sampling.max_tokens, getattr(env, "turn_tokens", sampling.max_tokens))
     context = int(getattr(env, "context_tokens", 1 << 30))
-    turns = int(getattr(getattr(getattr(env, "task", None), "budget", None), "turns", 0))
+    turns = int(getattr(env, "turns", 0))
     segment = Segment()
     trajectory.segments.append(segment)
     segment.observe(renderer.start(statement, words.system(getattr(env, "tools", ()))))

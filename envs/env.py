@@ -84,6 +84,8 @@ class Env(gymnasium.Env[str, str]):
     """Most tokens of one action, unless the task says otherwise."""
     context_tokens: int = 512
     """Most tokens of the whole episode, unless the task says otherwise."""
+    turns: int = 0
+    """Most actions of an episode, where the agent is to be told how many are left; 0: it is not."""
 
     observation_space: gymnasium.spaces.Space[str] = Text()
     action_space: gymnasium.spaces.Space[str] = Text()
@@ -91,6 +93,10 @@ class Env(gymnasium.Env[str, str]):
     def index(self, seed: int | None) -> int:
         """The task index that a seed stands for: the seed itself, or a draw from `np_random` where there is none."""
         return int(self.np_random.integers(1 << 31)) if seed is None else seed
+
+    def truncate(self, stop: StopReason) -> tuple[float, dict[str, Any]]:
+        """The agent had to end the episode (its context is full): last reward and info. Override it to grade what is there."""
+        return 0.0, {}
 
     def fork(self, n: int) -> list[Env]:
         """`n` environments that go on from this one's state."""

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import threading
 import weakref
+from enum import StrEnum
 
 from envs.errors import InfraError, Unsupported
 from envs.sandbox import cgroups
@@ -161,8 +162,27 @@ class _Zygote:
             self._process.wait(timeout=30)
 
 
-def _op(kind: str, *args: object) -> bytes:
-    return kind.encode() + b"".join(os.fsencode(str(arg)) + b"\0" for arg in args)
+class _Op(StrEnum):
+    """Operations of a request, called with their arguments, which `helper/launch.c` explains."""
+
+    USER_NAMESPACE = "U"
+    IDENTITY = "I"
+    JOIN_CGROUP = "G"
+    WRITE = "W"
+    REFUSE_MEMORY = "M"
+    RLIMIT = "Z"
+    ROOT = "T"
+    DIRECTORY = "D"
+    OWN_DIRECTORY = "O"
+    BIND = "B"
+    DEVICE = "V"
+    LINK = "L"
+    FILE = "F"
+    PROC = "P"
+    WORKDIR = "C"
+
+    def __call__(self, *args: object) -> bytes:
+        return self.value.encode() + b"".join(os.fsencode(str(arg)) + b"\0" for arg in args)
 
 
 def _request(number: int, group: str, workdir: str, limits: Limits) -> bytes:
@@ -170,19 +190,25 @@ def _request(number: int, group: str, workdir: str, limits: Limits) -> bytes:
     root = os.geteuid() == 0
     uid = FIRST_UID + (os.getpid() % 32768) * 16384 + number % 16384 if root else INNER_ID
     found = cgroups.hierarchy()
-    ops = [] if root else [_op("U")]
-    ops.append(_op("I", uid, uid))
+    ops = [] if root else [_Op.USER_NAMESPACE()]
+    ops.append(_Op.IDENTITY(uid, uid))
     if found:
         dirs, writes = found.plan(group, limits)
-        ops += [_op("G", path, file) for path, file in dirs]
-        ops += [_op("W", file, value) for file, value in writes]
+        ops += [_Op.JOIN_CGROUP(path, file) for path, file in dirs]
+        ops += [_Op.WRITE(file, value) for file, value in writes]
     else:
-        ops.append(_op("M"))
+        ops.append(_Op.REFUSE_MEMORY())
     ops += _limit_ops(limits, capped=found is not None)
     inodes = max(4096, limits.disk_mb * 256)
-    ops.append(_op("T", f"size={limits.disk_mb}m,nr_inodes={inodes},mode=755"))
+    ops.append(_Op.ROOT(f"size={limits.disk_mb}m,nr_inodes={inodes},mode=755"))
     ops += _system_ops(uid)
-    ops += [_op("O", "/tmp"), _op("O", "/dev/shm"), _op("O", workdir), _op("P", "/proc"), _op("C", workdir)]
+    ops += [
+        _Op.OWN_DIRECTORY("/tmp"),
+        _Op.OWN_DIRECTORY("/dev/shm"),
+        _Op.OWN_DIRECTORY(workdir),
+        _Op.PROC("/proc"),
+        _Op.WORKDIR(workdir),
+    ]
     return b"".join(ops)
 
 
@@ -199,16 +225,16 @@ def _limit_ops(limits: Limits, *, capped: bool) -> list[bytes]:
     }
     if not capped:
         values[resource.RLIMIT_AS] = limits.memory_mb << 20
-    return [_op("Z", int(name), value) for name, value in values.items()]
+    return [_Op.RLIMIT(int(name), value) for name, value in values.items()]
 
 
 def _system_ops(uid: int) -> list[bytes]:
     """The file system of `base="host"`."""
-    ops = [_op("B", path, path) for path in bind_paths()]
-    ops += [_op("L", target, path) for path, target in {**links(), "/var/tmp": "/tmp", **_DEVICE_LINKS}.items()]
-    ops += [_op("V", f"/dev/{name}", f"/dev/{name}") for name in _DEVICES]
-    ops += [_op("F", path, text) for path, text in etc_files(uid).items()]
-    return [*ops, _op("D", "/run")]
+    ops = [_Op.BIND(path, path) for path in bind_paths()]
+    ops += [_Op.LINK(target, path) for path, target in {**links(), "/var/tmp": "/tmp", **_DEVICE_LINKS}.items()]
+    ops += [_Op.DEVICE(f"/dev/{name}", f"/dev/{name}") for name in _DEVICES]
+    ops += [_Op.FILE(path, text) for path, text in etc_files(uid).items()]
+    return [*ops, _Op.DIRECTORY("/run")]
 
 
 def _explain(error: SetupError) -> Exception:

@@ -93,7 +93,7 @@ class SWEEnv(Env):
         options = options or {}
         self.task = options.get("task") or self._source(options.get("split", "train"), self.index(seed))
         self.tools, budget = self.task.tools, self.task.budget
-        self.turn_tokens, self.context_tokens = budget.turn_tokens, budget.tokens
+        self.turn_tokens, self.context_tokens, self.turns = budget.turn_tokens, budget.tokens, budget.turns
         if self.task.network:
             raise ValueError(f"task {self.task.id} asks for a network, which no backend gives; set network to false")
         files = self.task.files(self.task.setup)
