@@ -18,6 +18,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,11 @@ from policy.renderer import END, Renderer, train_tokenizer
 class WarmStart:
     """The recipe of a warm start; the defaults rebuild the committed one."""
 
-    drills: int = 36_000
+    drills: int = 32_000
     """Drills among the episodes: a module is read and its line repaired, without noise and without running anything. They
     carry the skill at half of an episode's tokens; trained apart from the episodes they are forgotten."""
-    comebacks: int = 14_000
-    """Drills that begin with a wrong edit and a failing test, look again and repair. Only what follows the test is taught:
+    comebacks: int = 20_000
+    """Drills that begin with a wrong edit and a failing test, look again and repair. Only what follows a test is taught:
     whether to run the tests is left to reinforcement learning."""
     inspections: int = 6_000
     """Modules with several wrong lines that are only read: for the probe."""
@@ -90,8 +91,8 @@ def play_expert(env: SWEEnv, task: Task, noise: Noise, seed: int) -> tuple[list[
 
 @dataclass(frozen=True)
 class Row:
-    """One trajectory to train on: parallel lists of token ids, of 1 where the policy spoke, and of what is known of each
-    token: 1 wrong, 0 right, -1 nothing (empty: nothing of any)."""
+    """One trajectory to train on: parallel lists of token ids, of 1 where the policy spoke, 0 where it read and -1 where it
+    spoke and is not to be imitated, and of what is known of each token: 1 wrong, 0 right, -1 nothing (empty: nothing of any)."""
 
     token_ids: list[int]
     loss_mask: list[int]
@@ -118,14 +119,22 @@ def inspected(renderer: Renderer, messages: Sequence[Message], task: Task) -> Ro
 
 
 def collect(config: WarmStart, path: Path, backend: str = "auto") -> float:
-    """Play the experts into a JSON-lines file of [messages, reward]; returns their mean reward. Resumes a partial file."""
+    """Play the experts into a JSON-lines file of [messages, reward]; returns their mean reward. Resumes a partial file, unless
+    one of twenty of its episodes, played again, is another one: tasks, experts or noise have changed."""
     env = SWEEnv(backend=backend, reward="binary", context_lines=0)
+
+    def episode(index: int) -> str:
+        return json.dumps(play_expert(env, repairs.task("train", index), config.noise, config.seed)) + "\n"
+
     done = path.read_text().splitlines(keepends=True) if path.exists() else []
     done = [line for line in done if line.endswith("\n")][: config.episodes]
+    if any(done[index] != episode(index) for index in range(0, len(done), len(done) // 20 + 1)):
+        print(f"{path} holds episodes of other tasks or experts: collecting again", flush=True)
+        done = []
     path.write_text("".join(done))
     with path.open("a") as handle:
         for index in range(len(done), config.episodes):
-            handle.write(json.dumps(play_expert(env, repairs.task("train", index), config.noise, config.seed)) + "\n")
+            handle.write(episode(index))
             if (index + 1) % 500 == 0:
                 print(f"collected {index + 1}/{config.episodes} expert episodes", flush=True)
     rewards = [json.loads(line)[1] for line in path.read_text().splitlines()]
@@ -133,7 +142,7 @@ def collect(config: WarmStart, path: Path, backend: str = "auto") -> float:
 
 
 def render(renderer: Renderer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Token ids and loss mask of an episode, laid out exactly as `agents.episode.run_episode` lays it out."""
+    """Token ids and loss mask (-1 for mistakes) of an episode, laid out exactly as `agents.episode.run_episode` lays it out."""
     ids = renderer.start(messages[0][1])
     mask = [0] * len(ids)
     for role, content in messages[1:]:
@@ -143,7 +152,7 @@ def render(renderer: Renderer, messages: Sequence[Message]) -> tuple[list[int], 
             else renderer.extend(ids[-1], role, content)
         )
         ids += new
-        mask += [int(role == "assistant")] * len(new)
+        mask += [{"assistant": 1, "mistake": -1}.get(role, 0)] * len(new)
     return ids, mask
 
 
@@ -254,8 +263,8 @@ def fit(model: Any, rows: Sequence[Row], config: WarmStart, tokenizer: Path, wor
         ids, weights, wrong = torch.zeros(shape, dtype=torch.long), torch.zeros(shape), torch.full(shape, -1.0)
         for at, row in enumerate(picked):
             ids[at, : len(row.token_ids)] = torch.tensor(row.token_ids)
-            own = torch.tensor(row.loss_mask, dtype=torch.float32)
-            weights[at, : len(own)] = own + (1 - own) * config.observation_weight
+            mask = torch.tensor(row.loss_mask, dtype=torch.float32)
+            weights[at, : len(mask)] = torch.where(mask == 0, config.observation_weight, mask.clamp(min=0))
             wrong[at, : len(row.wrong)] = torch.tensor(row.wrong, dtype=torch.float32)
         return {"input_ids": ids, "weights": weights, "wrong": wrong}
 
@@ -333,7 +342,8 @@ def warm_start(config: WarmStart, out: Path, workdir: Path, backend: str = "auto
     log = fit(model, rows, config, out / "tokenizer.json", workdir)
     models.save(model, out)
     facts = {
-        "made_by": "python -m rl sft",
+        "made_by": f"python -m rl sft --seed {config.seed} --out DIR",
+        "sha256": sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "config": asdict(config),
         "expert_solve_rate": round(solved, 4),
         "tokens": int(sum(len(row.token_ids) for row in rows) * config.epochs),

@@ -12,7 +12,7 @@ from typing import Any
 
 from envs.task import Task
 from envs.tiny import runner
-from envs.tiny.experts import bash, patch, read, variants
+from envs.tiny.experts import SUBMIT, bash, patch, read, variants
 
 Message = tuple[str, str]
 """Role and content; "assistant" is the policy, "mistake" is the policy where it is not to be imitated."""
@@ -67,15 +67,20 @@ def sed(action: str, text: str) -> str:
     return "\n".join(lines)
 
 
-def mistake(task: Task, rng: random.Random) -> tuple[str, str, str]:
-    """A wrong edit, the text it leaves and the failing tests: an edit of the bug's line or another, of a token that is there
-    or of one that is not."""
-    path, text, gold = module_of(task)
+def differing(text: str, gold: str) -> list[int]:
+    """The lines that are wrong, from 0."""
+    pairs = zip(text.split("\n"), gold.split("\n"), strict=True)
+    return [i for i, (a, b) in enumerate(pairs) if a != b]
+
+
+def mistake(task: Task, text: str, rng: random.Random) -> tuple[str, str, str]:
+    """A wrong edit of a module that reads `text`, the text it leaves and the failing tests: an edit of a wrong line or
+    another, of a token that is there or of one that is not."""
+    path, _, gold = module_of(task)
     lines, right = text.split("\n"), gold.split("\n")
     places = [i for i in range(2, len(lines)) if variants(lines[i])]
-    bug = next(i for i, (a, b) in enumerate(zip(lines, right, strict=True)) if a != b)
     while True:
-        at = bug if rng.random() < 0.6 else rng.choice(places)
+        at = rng.choice(differing(text, gold)) if rng.random() < 0.6 else rng.choice(places)
         old = rng.choice(variants(lines[at])) if rng.random() < 0.4 else lines[at]
         new = right[at] if old != lines[at] and rng.random() < 0.7 else rng.choice(variants(lines[at]))
         if new == old:
@@ -91,16 +96,22 @@ def mistake(task: Task, rng: random.Random) -> tuple[str, str, str]:
 
 
 def comeback(task: Task, seed: int) -> list[Message]:
-    """A drill whose first edit was wrong: a failing test, a second look, and repairs of all that is wrong, from the top."""
-    path, _, gold = module_of(task)
-    action, text, verdict = mistake(task, random.Random(f"comeback/{seed}/{task.id}"))
-    messages = [*drill(task)[:3], ("mistake", action), ("tool: bash", "")]
-    messages += [("mistake", bash(task.grader.command)), ("tool: bash", verdict)]
-    messages += [("assistant", read(path)), ("tool: bash", numbered(text))]
-    for i, (a, b) in enumerate(zip(text.split("\n"), gold.split("\n"), strict=True)):
-        if a != b:
-            messages += [("assistant", patch(path, i + 1, a, b)), ("tool: bash", "")]
-    return messages[:-1]
+    """A drill that goes wrong once or, in 0.3 of them, twice: a failing test, another look, and in the end repairs of all
+    that is wrong, from the top, and the submission. Half of them begin with the task's own statement."""
+    path, text, gold = module_of(task)
+    rng = random.Random(f"comeback/{seed}/{task.id}")
+    messages = drill(task)[:3]
+    if rng.random() < 0.5:
+        messages[0] = ("user", task.prompt)
+    for _ in range(2 if rng.random() < 0.3 else 1):
+        action, text, verdict = mistake(task, text, rng)
+        messages += [("mistake", action), ("tool: bash", "")]
+        messages += [("mistake", bash(task.grader.command)), ("tool: bash", verdict)]
+        messages += [("assistant", read(path)), ("tool: bash", numbered(text))]
+    lines, right = text.split("\n"), gold.split("\n")
+    for i in differing(text, gold):
+        messages += [("assistant", patch(path, i + 1, lines[i], right[i])), ("tool: bash", "")]
+    return [*messages, ("assistant", SUBMIT)]
 
 
 def inspection(task: Task, seed: int) -> list[Message]:

@@ -1,6 +1,8 @@
 """The warm start's way, small: experts through the real environment, a tokenizer and a model from nothing, imitation."""
 
 import json
+from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,12 @@ from agents.trajectory import Segment, Trajectory
 from envs.swe.env import SWEEnv
 from envs.tiny import repairs
 from envs.tiny.drills import comeback, drill, inspection
+from envs.tiny.experts import SUBMIT, Noise
 from policy import models
 from policy.models import ModelConfig
 from policy.renderer import Renderer
 from rl.config import ROOT
-from rl.sft import Muon, WarmStart, _orthogonal, imitate, inspected, render, warm_start
+from rl.sft import Muon, WarmStart, _orthogonal, collect, imitate, inspected, render, warm_start
 
 SMALL = WarmStart(
     drills=40, comebacks=8, inspections=8, probe_layer=1, episodes=12, epochs=1.0, tokens_per_step=1024, warmup=2, vocab_size=480, model=ModelConfig(hidden_size=32, layers=1, heads=2, kv_heads=2, intermediate_size=32)
@@ -51,19 +54,31 @@ def test_collecting_goes_on_after_a_torn_line(made, tmp_path):
     assert (tmp_path / "work" / "experts-0.jsonl").read_text() == lines
 
 
+def test_episodes_of_other_experts_are_not_kept(tmp_path, capsys):
+    path = tmp_path / "experts.jsonl"
+    few = replace(SMALL, episodes=4)
+    collect(few, path)
+    before = path.read_text()
+    collect(few, path)
+    assert path.read_text() == before and "again" not in capsys.readouterr().out
+    collect(replace(few, noise=Noise(right=1.0, skip=0.0, miss=0.0)), path)
+    assert path.read_text() != before and "other tasks or experts" in capsys.readouterr().out
+
+
 def play(task, messages):
     """The reward of a drill's actions in the real environment, where every observation must be the drill's."""
     env = SWEEnv(reward="binary", context_lines=0)
     env.reset(options={"task": task})
     for (_, action), (_, shown) in zip(messages[1::2], messages[2::2], strict=False):
         assert env.step(action)[0] == shown
-    assert env.step(messages[-1][1])[0] == ""
-    return env.step("<tool: submit>\n</tool>")[1]
+    if messages[-1][1] != SUBMIT:
+        assert env.step(messages[-1][1])[0] == ""
+    return env.step(SUBMIT)[1]
 
 
 def said(renderer, messages):
     ids, mask = render(renderer, messages)
-    return renderer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    return renderer.decode([i for i, m in zip(ids, mask, strict=True) if m == 1])
 
 
 def test_a_drill_is_what_happens_in_the_sandbox_and_repairs_the_bug(made):
@@ -75,17 +90,21 @@ def test_a_drill_is_what_happens_in_the_sandbox_and_repairs_the_bug(made):
 
 
 def test_a_comeback_repairs_its_own_mistakes_which_are_not_taught(made):
-    renderer, undone = Renderer(made[0] / "out"), 0
+    renderer, undone, wrong, stated = Renderer(made[0] / "out"), 0, set(), set()
     for index in range(20):
         task = repairs.task("train", index)
         messages = comeback(task, 0)
-        mistakes = [text for role, text in messages if role == "mistake"]
-        assert len(mistakes) >= 2 and play(task, messages) == 1.0
+        wrong.add(sum(role == "mistake" for role, _ in messages))
+        stated.add(messages[0][1] == task.prompt)
+        assert play(task, messages) == 1.0
         taught = said(renderer, messages)
         assert taught == "".join(text for role, text in messages if role == "assistant")
         assert task.grader.command not in taught
+        ids, mask = render(renderer, messages)
+        passed_over = renderer.decode([i for i, m in zip(ids, mask, strict=True) if m == -1])
+        assert passed_over == "".join(text for role, text in messages if role == "mistake")
         undone += taught.count("sed -i") > 1
-    assert undone
+    assert undone and wrong == {2, 4} and stated == {True, False}
 
 
 def test_the_probe_is_told_which_tokens_are_wrong(made):
@@ -137,7 +156,6 @@ def test_muon_orthogonalises():
 
 def test_the_committed_warm_start_says_what_made_it():
     facts = json.loads(Path(ROOT / "policy/cwm_tiny/warm_start.json").read_text())
-    assert facts["made_by"] == "python -m rl sft"
-    from dataclasses import asdict
-
+    assert facts["made_by"] == "python -m rl sft --seed 0 --out DIR"
+    assert facts["sha256"] == sha256(Path(ROOT / "policy/cwm_tiny/model.safetensors").read_bytes()).hexdigest()
     assert facts["config"] == json.loads(json.dumps(asdict(WarmStart())))
