@@ -39,10 +39,10 @@ from policy.renderer import END, Renderer, train_tokenizer
 class WarmStart:
     """The recipe of a warm start; the defaults rebuild the committed one."""
 
-    drills: int = 32_000
+    drills: int = 16_000
     """Drills among the episodes: a module is read and its line repaired, without noise and without running anything. They
     carry the skill at half of an episode's tokens; trained apart from the episodes they are forgotten."""
-    comebacks: int = 20_000
+    comebacks: int = 10_000
     """Drills that begin with a wrong edit and a failing test, look again and repair. Only what follows a test is taught:
     whether to run the tests is left to reinforcement learning."""
     inspections: int = 6_000
@@ -58,6 +58,9 @@ class WarmStart:
     tokens_per_step: int = 4096
     """Padded tokens of one optimiser step; trajectories of like length share one."""
     muon_lr: float = 0.02
+    muon_decay: float = 0.1
+    """Weight decay of what Muon trains. Without it attention sharpens until fp32 no longer tells its weights apart: engine
+    and learner then differ by 1e-4 nats on single tokens."""
     adam_lr: float = 4e-3
     warmup: int = 40
     """Optimiser steps of linear warm-up; then linear decay to 5 %."""
@@ -187,18 +190,19 @@ class Muon(torch.optim.Optimizer):
     and backward pass of the tiny model; this one iterates in the parameters' own type.
     """
 
-    def __init__(self, params: Iterable[torch.Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(self, params: Iterable[torch.Tensor], lr: float, momentum: float = 0.95, decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns))."""
+        """One update: decoupled weight decay, then Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns))."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 buffer.lerp_(p.grad, 1 - group["momentum"])
+                p.mul_(1 - group["lr"] * group["decay"])
                 update = _orthogonal(p.grad.lerp(buffer, group["momentum"]))
                 p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
 
@@ -216,7 +220,7 @@ def _optimizer(model: torch.nn.Module, probe: torch.nn.Module, config: WarmStart
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
     rest = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)] + list(probe.parameters())
     return _Pair(
-        Muon(matrices, lr=config.muon_lr),
+        Muon(matrices, lr=config.muon_lr, decay=config.muon_decay),
         torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
     )
 

@@ -152,6 +152,10 @@ def test_muon_orthogonalises():
     weight.grad = torch.eye(4)
     Muon([weight], lr=0.1).step()
     assert torch.allclose(weight, -0.1 * _orthogonal(torch.eye(4)))
+    heavy = torch.nn.Parameter(torch.ones(4, 4))
+    heavy.grad = torch.eye(4)
+    Muon([heavy], lr=0.1, decay=0.5).step()
+    assert torch.allclose(heavy, 0.95 * torch.ones(4, 4) - 0.1 * _orthogonal(torch.eye(4)))
 
 
 def test_the_committed_warm_start_says_what_made_it():
