@@ -42,8 +42,7 @@ def parser() -> argparse.ArgumentParser:
     play.add_argument("--split", default="train", help="split (default: %(default)s)")
     play.add_argument(
         "--kwargs",
-        type=arguments,
-        default={},
+        default="{}",
         metavar="JSON",
         help='constructor arguments, e.g. \'{"backend": "docker"}\'',
     )
@@ -52,9 +51,12 @@ def parser() -> argparse.ArgumentParser:
 
 def arguments(text: str) -> dict[str, Any]:
     """Constructor arguments as a JSON object; `ValueError` for anything else."""
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{text!r} is no JSON object")
+        raise ValueError(f'--kwargs {text!r} is no JSON object; give one such as {{"backend": "docker"}}')
     return found
 
 
@@ -79,7 +81,7 @@ def read_action() -> str | None:
 
 def play(args: Any) -> int:
     """One episode by hand."""
-    env = make(args.env, **args.kwargs)
+    env = make(args.env, **arguments(args.kwargs))
     try:
         statement, info = env.reset(seed=args.task, options={"split": args.split})
         print(f"[{info.get('task_id', args.env)}]\n{statement}")

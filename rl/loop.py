@@ -29,7 +29,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 from agents.trajectory import Group, Trajectory
@@ -201,7 +200,8 @@ class Loop:
     def expire(self) -> None:
         """Kill a worker whose oldest episode is past its deadline: it hangs. What it played comes back to `played` as lost."""
         now = time.monotonic()
-        for future, (deadline, worker) in tuple(islice(self.due.items(), 1)):
+        if self.due:
+            future, (deadline, worker) = next(iter(self.due.items()))
             if deadline < now:
                 del self.due[future]
                 worker.kill()
