@@ -8,9 +8,11 @@ creation only, for a limit that the host can't enforce.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal, Protocol, Self
+
+from envs.errors import SandboxDead
 
 Cause = Literal["exit", "signal", "timeout", "oom", "pids", "disk", "output", "dead"]
 """Why a command ended: it exited, died by a signal, ran out of time, hit a limit, or the sandbox itself died."""
@@ -88,14 +90,37 @@ Changes = Mapping[str, FileChange]
 """The diff of the work directory against its start: relative POSIX path → change. Regular files only."""
 
 
-@dataclass(frozen=True)
 class Snapshot:
-    """A frozen copy of a sandbox's work directory and shell state, from which children start."""
+    """A frozen world (file system, shell's cwd and exports) from which sandboxes start. To be closed."""
 
-    files: Mapping[str, FileChange]
-    """Every regular file of the work directory."""
-    cwd: str
-    exports: Mapping[str, str] = field(default_factory=dict)
+    def __init__(
+        self, cwd: str, exports: Mapping[str, str], start: Callable[[], Sandbox], free: Callable[[], None]
+    ) -> None:
+        self.cwd = cwd
+        self.exports = exports
+        self._start = start
+        self._free: Callable[[], None] | None = free
+
+    def start(self) -> Sandbox:
+        """A new sandbox that goes on from here; its `changes()` count from the same origin. Errors as `Backend.create`."""
+        if self._free is None:
+            raise SandboxDead("this snapshot is closed; take another")
+        return self._start()
+
+    def close(self) -> None:
+        """Free what it holds (sandboxes that started from it go on). May be called twice."""
+        free, self._free = self._free, None
+        if free:
+            free()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
@@ -136,7 +161,8 @@ class Sandbox(Protocol):
         """The diff of the work directory since creation, computed outside the sandbox; links and devices are left out."""
 
     def snapshot(self) -> Snapshot:
-        """The work directory and the shell's cwd and exports, frozen."""
+        """The file system and the shell's cwd and exports, frozen. A backend may have to end the sandbox's processes for
+        it; this sandbox goes on from the snapshot then, its shell started again."""
 
     def fork(self, n: int) -> list[Sandbox]:
         """`n` new sandboxes that start from this one's `snapshot()`; this one goes on. Their `changes()` count from
@@ -174,7 +200,8 @@ class Backend(Protocol):
         """Start a sandbox with `files` (paths relative to `workdir`; bytes have mode 0o644) in place; the shell starts in
         `workdir`.
 
-        base: "host" (the host's `/usr` and this interpreter, read-only) or what the backend documents.
+        base: "host" (the host's `/usr` and this interpreter, read-only), or an image: the path of an archive (a root file
+        system as tar, `docker save`, an OCI layout) or the name of a local Docker image.
         Raises `Unsupported` for a limit or base it can't provide, `InfraError` when the start failed.
         """
 

@@ -15,7 +15,6 @@ from envs.errors import SandboxDead, Unsupported
 from envs.sandbox.base import Cause, Changes, FileChange, Limits, Result, Sandbox, Snapshot, Usage
 from envs.sandbox.cgroups import OWN_PIDS, Counters
 from envs.sandbox.channel import OUTPUT_MAX, SCRIPT_MAX, STDIN_MAX, Channel, Reply
-from envs.sandbox.walk import diff, read_tree
 
 Files = Mapping[str, "bytes | FileChange"]
 
@@ -32,6 +31,7 @@ class Start:
     origin: Mapping[str, FileChange]
     """What `changes()` counts from."""
     cwd: str | None = None
+    """Where the shell starts, and with which environment, if it goes on from a snapshot."""
     exports: Mapping[str, str] | None = None
 
 
@@ -56,22 +56,25 @@ def start_from(base: str, workdir: str, files: Files | None, limits: Limits) -> 
 
 
 class BrokeredSandbox(ABC):
-    """A sandbox whose PID 1 is the helper's broker. See `base.Sandbox` for what the methods promise."""
+    """A sandbox whose PID 1 is the helper's broker. See `base.Sandbox` for what the methods promise.
 
-    def __init__(self, name: str, channel: Channel, workdir_fd: int, start: Start, limits: Limits) -> None:
+    disk: a descriptor on the file system that `disk_mb` caps; the subclass closes it.
+    """
+
+    def __init__(self, name: str, channel: Channel, disk: int, start: Start, limits: Limits) -> None:
         self.id = name
         self.limits = limits
         self._channel = channel
-        self._workdir_fd = workdir_fd
+        self._disk = disk
         self._start = start
         self._cwd = start.cwd or start.workdir
         self._cpu: float | None = None
         self._ooms = self._refusals = 0
         self._closed = False
 
-    def boot(self, env: Mapping[str, str]) -> None:
+    def boot(self, env: Mapping[str, str], start: Start | None = None) -> None:
         """Put the files in place and start the shell; the sandbox is ready for commands then."""
-        start = self._start
+        start = start or self._start
         files = [
             (f"{start.workdir}/{path}", change.data, change.mode)
             for path, change in start.files.items()
@@ -117,33 +120,25 @@ class BrokeredSandbox(ABC):
         self._check_open()
         self._channel.write([(path, data, mode)])
 
+    @abstractmethod
     def changes(self) -> Changes:
         """What differs in the work directory from its origin."""
-        return diff(self._start.origin, self._tree())
 
+    @abstractmethod
     def snapshot(self) -> Snapshot:
-        """The work directory and the shell's state."""
-        return Snapshot(self._tree(), self._cwd, self._exports())
+        """The file system and the shell's state."""
 
     def fork(self, n: int) -> list[Sandbox]:
         """`n` sandboxes that start from here."""
-        frozen = self.snapshot()
-        start = Start(
-            base=self._start.base,
-            workdir=self._start.workdir,
-            files=frozen.files,
-            origin=self._start.origin,
-            cwd=frozen.cwd,
-            exports=frozen.exports,
-        )
         children: list[Sandbox] = []
-        try:
-            for _ in range(n):
-                children.append(self._sibling(start))
-        except BaseException:
-            for child in children:
-                child.close()
-            raise
+        with self.snapshot() as frozen:
+            try:
+                for _ in range(n):
+                    children.append(frozen.start())
+            except BaseException:
+                for child in children:
+                    child.close()
+                raise
         return children
 
     def kill_all(self) -> None:
@@ -154,7 +149,7 @@ class BrokeredSandbox(ABC):
     def usage(self) -> Usage:
         """Memory, processes and disk in use now."""
         self._check_open()
-        now, disk = self._counters(limits_hit=True), os.fstatvfs(self._workdir_fd)
+        now, disk = self._counters(limits_hit=True), os.fstatvfs(self._disk)
         pids = None if now.pids is None else max(0, now.pids - OWN_PIDS)
         return Usage(now.memory, pids, (disk.f_blocks - disk.f_bfree) * disk.f_frsize)
 
@@ -163,7 +158,6 @@ class BrokeredSandbox(ABC):
         if self._closed:
             return
         self._closed = True
-        os.close(self._workdir_fd)
         self._end()
 
     def __enter__(self) -> Self:
@@ -181,16 +175,8 @@ class BrokeredSandbox(ABC):
         """End every process and free what the subclass holds; never raises."""
 
     @abstractmethod
-    def _sibling(self, start: Start) -> Sandbox:
-        """Another sandbox of the same backend and limits."""
-
-    @abstractmethod
     def _counters(self, *, limits_hit: bool) -> Counters:
         """What the sandbox's cgroups say now (see `cgroups.Group.read`)."""
-
-    def _tree(self) -> dict[str, FileChange]:
-        self._check_open()
-        return read_tree(self._workdir_fd, self.limits.disk_mb << 20)
 
     def _exports(self) -> dict[str, str]:
         mark = secrets.token_hex(16).encode()
@@ -234,7 +220,7 @@ class BrokeredSandbox(ABC):
         return reply.how
 
     def _disk_full(self) -> bool:
-        disk = os.fstatvfs(self._workdir_fd)
+        disk = os.fstatvfs(self._disk)
         return disk.f_bavail * disk.f_frsize < 1 << 16 or disk.f_favail == 0
 
 

@@ -59,21 +59,21 @@ class Channel:
     def __init__(self, stream: socket.socket) -> None:
         self.stream = stream
 
-    def ready(self, timeout: float) -> int:
-        """Wait for the sandbox to be made; returns a descriptor of its work directory. Raises `SetupError`."""
+    def ready(self, timeout: float) -> list[int]:
+        """Wait for the sandbox to be made; returns the descriptors that it hands out. Raises `SetupError`."""
         fds = array.array("i")
         try:
             self.stream.settimeout(timeout)
-            text, ancillary, _, _ = self.stream.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+            text, ancillary, _, _ = self.stream.recvmsg(4096, socket.CMSG_SPACE(12), socket.MSG_CMSG_CLOEXEC)
             for _, kind, data in ancillary:
                 if kind == socket.SCM_RIGHTS:
-                    fds.frombytes(data[:4])
+                    fds.frombytes(data[: len(data) // 4 * 4])
             if not text:
                 raise ConnectionResetError("end of stream")
         except OSError as error:
             raise SandboxDead(f"sandbox start: no answer ({error})") from error
         if fds:
-            return fds[0]
+            return list(fds)
         number, _, reason = text[5:].decode("utf-8", "replace").partition(" ")
         raise SetupError(int(number), reason)
 

@@ -9,6 +9,7 @@ storage drivers): `disk_mb` is split 3/4, 1/8, 1/8 between them, so together the
 from __future__ import annotations
 
 import itertools
+import os
 import secrets
 import shutil
 import socket
@@ -17,16 +18,18 @@ import tempfile
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from envs.errors import InfraError, Unsupported
 from envs.sandbox import cgroups
-from envs.sandbox.base import Limits, Sandbox
+from envs.sandbox.base import Changes, FileChange, Limits, Snapshot
 from envs.sandbox.brokered import BrokeredSandbox, Files, Start, start_from
 from envs.sandbox.channel import Channel, SetupError
 from envs.sandbox.helper import helper_path
 from envs.sandbox.hostbase import bind_paths, check_workdir, environment, skeleton, skeleton_name
+from envs.sandbox.walk import diff, read_tree
 
 UID = 1_499_999_999
 """Every container's user: below the native backend's range, no user of any host."""
@@ -82,7 +85,7 @@ class DockerBackend:
                 container = _run(client, self._options(start, limits, home))
                 channel = Channel(_accept(listener, container))
             (home / "control").unlink()
-            workdir_fd = channel.ready(START_TIMEOUT)
+            (workdir_fd,) = channel.ready(START_TIMEOUT)
         except BaseException as error:
             _discard(container, home)
             raise _explain(error) from error
@@ -190,11 +193,23 @@ class DockerSandbox(BrokeredSandbox):
         self._group = cgroups.of_process(struct.unpack("3i", peer)[0])
 
     def _end(self) -> None:
+        os.close(self._disk)
         self._channel.stream.close()
         _discard(self._container, self._home)
 
-    def _sibling(self, start: Start) -> Sandbox:
-        return self._backend._launch(start, self.limits)
+    def changes(self) -> Changes:
+        """What differs in the work directory from its origin."""
+        return diff(self._start.origin, self._tree())
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the work directory's files, and the shell's state."""
+        files, exports = self._tree(), self._exports()
+        start = replace(self._start, files=files, cwd=self._cwd, exports=exports)
+        return Snapshot(self._cwd, exports, lambda: self._backend._launch(start, self.limits), lambda: None)
+
+    def _tree(self) -> dict[str, FileChange]:
+        self._check_open()
+        return read_tree(self._disk, self.limits.disk_mb << 20)
 
     def _counters(self, *, limits_hit: bool) -> cgroups.Counters:
         return self._group.read(limits_hit=limits_hit) if self._group else cgroups.Counters()

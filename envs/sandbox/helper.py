@@ -37,6 +37,13 @@ def cache_dir() -> Path:
 
 
 @functools.cache
+def unprivileged() -> bool:
+    """Whether this process can't take other users' ids: it isn't root, or only root of a user namespace."""
+    spans = (line.split() for line in Path("/proc/self/uid_map").read_text().splitlines())
+    return os.geteuid() != 0 or sum(int(count) for _, _, count in spans) < 1 << 31
+
+
+@functools.cache
 def helper_path() -> Path:
     """The compiled helper. Raises `Unsupported` where it can't be built."""
     digest = hashlib.sha256(platform.machine().encode() + b"".join(p.read_bytes() for p in SOURCES)).hexdigest()[:16]

@@ -12,6 +12,15 @@ from pathlib import Path
 
 _SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _ETC = ("/etc/ld.so.cache", "/etc/alternatives")
+DEVICES = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
+"""The devices of a sandbox, bound from the host."""
+DEVICE_LINKS = {
+    "/dev/fd": "/proc/self/fd",
+    "/dev/stdin": "/proc/self/fd/0",
+    "/dev/stdout": "/proc/self/fd/1",
+    "/dev/stderr": "/proc/self/fd/2",
+}
+
 _RESERVED = ("/usr", *(f"/{name}" for name in _SYSTEM), "/etc", "/proc", "/sys", "/dev", "/run")
 
 
@@ -52,9 +61,9 @@ def etc_files(uid: int) -> dict[str, str]:
     }
 
 
-def check_workdir(workdir: str) -> None:
+def check_workdir(workdir: str, *, image: bool = False) -> None:
     """Raises `ValueError` for a work directory that the system's own paths occupy."""
-    for path in (*_RESERVED, *_interpreter()):
+    for path in ("/proc", "/dev") if image else (*_RESERVED, *_interpreter()):
         if f"{workdir}/".startswith(f"{path}/") or f"{path}/".startswith(f"{workdir.rstrip('/')}/"):
             raise ValueError(f"workdir={workdir!r}: {path} is the system's there; use another, e.g. '/repo'")
     if workdir == "/tmp":
@@ -64,26 +73,38 @@ def check_workdir(workdir: str) -> None:
 @functools.cache
 def skeleton_name() -> str:
     """The name of the image on which `base="host"` is built where a backend needs one; it says what is in it."""
-    digest = hashlib.sha256(repr((links(), etc_files(0), bind_paths())).encode()).hexdigest()[:12]
-    return f"codeworld-host:{digest}"
+    return f"codeworld-host:{hashlib.sha256(skeleton(0)).hexdigest()[:12]}"
 
 
-def skeleton(uid: int) -> bytes:
-    """That image as a tar archive: links, `/etc` and the places to mount over. No file of the host."""
+def skeleton(uid: int, *, image: bool = False) -> bytes:
+    """What a sandbox needs at the least, as a tar archive: `/dev`, names, places to mount over. No file of the host.
+
+    image: the part of it that is put over an image; else the root of `base="host"`, with links and `/etc`.
+    """
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
-        for path in ("/etc", "/tmp", "/var", "/run", "/proc", "/dev", "/sys", *bind_paths()):
+
+        def add(path: str, kind: bytes, *, target: str = "", text: str = "") -> None:
             entry = tarfile.TarInfo(path.lstrip("/"))
-            entry.type, entry.mode = (tarfile.DIRTYPE, 0o755) if Path(path).is_dir() else (tarfile.REGTYPE, 0o644)
-            tar.addfile(entry)
-        for path, target in {**links(), "/var/tmp": "/tmp"}.items():
-            entry = tarfile.TarInfo(path.lstrip("/"))
-            entry.type, entry.linkname = tarfile.SYMTYPE, target
-            tar.addfile(entry)
-        for path, text in etc_files(uid).items():
-            entry = tarfile.TarInfo(path.lstrip("/"))
-            entry.size, entry.mode = len(text), 0o644
+            entry.type, entry.linkname, entry.size = kind, target, len(text)
+            entry.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
             tar.addfile(entry, io.BytesIO(text.encode()))
+
+        for path in ("/etc", "/proc", "/dev", "/sys", "/dev/shm"):
+            add(path, tarfile.DIRTYPE)
+        for path in DEVICES:
+            add(path, tarfile.REGTYPE)
+        for path, target in DEVICE_LINKS.items():
+            add(path, tarfile.SYMTYPE, target=target)
+        if image:
+            add("/etc/hosts", tarfile.REGTYPE, text=etc_files(uid)["/etc/hosts"])
+        else:
+            for path in ("/tmp", "/var", "/run", *bind_paths()):
+                add(path, tarfile.DIRTYPE if Path(path).is_dir() else tarfile.REGTYPE)
+            for path, target in {**links(), "/var/tmp": "/tmp"}.items():
+                add(path, tarfile.SYMTYPE, target=target)
+            for path, text in etc_files(uid).items():
+                add(path, tarfile.REGTYPE, text=text)
     return out.getvalue()
 
 

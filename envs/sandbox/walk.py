@@ -1,4 +1,4 @@
-"""Reads a sandbox's work directory from outside, through one directory descriptor, trusting nothing in it.
+"""Reads a sandbox's work directory from outside, through directory descriptors, trusting nothing in it.
 
 No process of the sandbox takes part. Links are never followed, and every open is relative to a directory that was
 opened before, so a swap between check and use leads nowhere else. Left out, as though absent: everything that is not a
@@ -8,9 +8,10 @@ deeper than `DEPTH`, and what its own mode hides from this user.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from envs.sandbox.base import Changes, FileChange
@@ -19,6 +20,7 @@ DEPTH = 128
 """Directories below each other; one descriptor is held for each."""
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+_DIRECTORY = _OPEN | os.O_DIRECTORY
 
 
 def read_tree(root: int, budget: int) -> dict[str, FileChange]:
@@ -26,22 +28,25 @@ def read_tree(root: int, budget: int) -> dict[str, FileChange]:
 
     At most `budget` bytes are held; hard links share theirs. What is written meanwhile may or may not be seen.
     """
-    links: dict[int, bytes] = {}
-    found = {}
-    for path, fd, info in _files(root, "", 0):
-        with os.fdopen(fd, "rb", buffering=0) as file:
-            data = links.get(info.st_ino)
-            if data is None:
-                data = _read(file.fileno(), info.st_size) if info.st_size <= budget else None
-            if data is None:
-                continue
-        if info.st_nlink > 1:
-            budget -= 0 if info.st_ino in links else len(data)
-            links[info.st_ino] = data
-        else:
-            budget -= len(data)
-        found[path] = FileChange(data, stat.S_IMODE(info.st_mode) & 0o777)
-    return dict(sorted(found.items()))
+    return _read(_files(root, "", 0), budget)
+
+
+def overlay_changes(
+    root: int, uppers: Sequence[int], origin: int | None, workdir: str, given: Mapping[str, FileChange], budget: int
+) -> Changes:
+    """What differs in `workdir` from its start, looking only at what was touched.
+
+    root: the sandbox's root as it is. uppers: upper directories of the overlay, where whatever was touched is. origin: the
+    root as it was before `given` (the files put into `workdir` at the start); None where it had no work directory.
+    """
+    paths, was = set(given), dict[str, FileChange]()
+    for upper in uppers:
+        paths.update(_touched(upper, workdir))
+    if origin is not None:
+        for prefix in tuple(paths - given.keys()):  # where a name stands, there may have been a directory
+            paths.update(_names(origin, workdir, prefix))
+        was = _read(_some(origin, workdir, paths - given.keys()), 1 << 62)
+    return diff(was | dict(given), _read(_some(root, workdir, paths), budget))
 
 
 def diff(origin: Mapping[str, FileChange], now: Mapping[str, FileChange]) -> Changes:
@@ -51,29 +56,184 @@ def diff(origin: Mapping[str, FileChange], now: Mapping[str, FileChange]) -> Cha
     return MappingProxyType(dict(sorted(changed.items())))
 
 
-def _files(directory: int, prefix: str, depth: int) -> Iterator[tuple[str, int, os.stat_result]]:
-    """Open descriptors of the regular files below `directory`; the caller closes each."""
+File = tuple[str, int, os.stat_result]
+"""Path, open descriptor (the receiver closes it), status."""
+
+
+def _read(files: Iterable[File], budget: int) -> dict[str, FileChange]:
+    links: dict[tuple[int, int], bytes] = {}
+    found = {}
+    for path, fd, info in files:
+        inode = (info.st_dev, info.st_ino)
+        with os.fdopen(fd, "rb", buffering=0) as file:
+            data = links.get(inode)
+            if data is None:
+                data = _content(file.fileno(), info.st_size) if info.st_size <= budget else None
+            if data is None:
+                continue
+        if info.st_nlink > 1:
+            budget -= 0 if inode in links else len(data)
+            links[inode] = data
+        else:
+            budget -= len(data)
+        found[path] = FileChange(data, stat.S_IMODE(info.st_mode) & 0o777)
+    return dict(sorted(found.items()))
+
+
+def _open(directory: int, name: str) -> tuple[int, os.stat_result] | None:
+    """Descriptor and status of a directory or a regular file that is not sparse."""
+    try:
+        name.encode()
+        kind = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            return None  # before the open: opening a device or FIFO can act
+        fd = os.open(name, _OPEN, dir_fd=directory)
+    except (OSError, ValueError):
+        return None
+    info = os.fstat(fd)
+    if stat.S_ISDIR(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_blocks * 512 >= info.st_size):
+        return fd, info
+    os.close(fd)
+    return None
+
+
+def _files(directory: int, prefix: str, depth: int) -> Iterator[File]:
+    """The regular files below `directory`."""
     for name in sorted(os.listdir(directory)):
-        try:
-            name.encode()
-            kind = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
-            if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
-                continue  # before the open: opening a device or FIFO can act
-            fd = os.open(name, _OPEN, dir_fd=directory)
-        except (OSError, UnicodeEncodeError):
+        opened = _open(directory, name)
+        if opened is None:
             continue
-        info = os.fstat(fd)
-        if stat.S_ISREG(info.st_mode) and info.st_blocks * 512 >= info.st_size:
+        fd, info = opened
+        if stat.S_ISREG(info.st_mode):
             yield prefix + name, fd, info
             continue
         try:
-            if stat.S_ISDIR(info.st_mode) and depth < DEPTH:
+            if depth < DEPTH:
                 yield from _files(fd, f"{prefix}{name}/", depth + 1)
         finally:
             os.close(fd)
 
 
-def _read(fd: int, size: int) -> bytes:
+def _some(root: int, workdir: str, paths: Iterable[str]) -> Iterator[File]:
+    """Those of `paths` below `workdir` that are regular files."""
+    trail: list[tuple[str, int]] = []  # the open directories on the way to the last path
+    top = _descend(root, workdir)
+    if top is None:
+        return
+    try:
+        for path in sorted(paths):
+            *parents, name = path.split("/")
+            common = next(
+                (i for i, (a, b) in enumerate(zip(trail, parents, strict=False)) if a[0] != b),
+                min(len(trail), len(parents)),
+            )
+            while len(trail) > common:
+                os.close(trail.pop()[1])
+            for part in parents[common:]:
+                below = None if len(trail) > DEPTH else _directory(trail[-1][1] if trail else top, part)
+                if below is None:
+                    break
+                trail.append((part, below))
+            else:
+                opened = _open(trail[-1][1] if trail else top, name)
+                if opened and stat.S_ISREG(opened[1].st_mode):
+                    yield path, *opened
+                elif opened:
+                    os.close(opened[0])
+    finally:
+        for fd in (*(fd for _, fd in trail), top):
+            os.close(fd)
+
+
+def _directory(at: int, name: str) -> int | None:
+    try:
+        return os.open(name, _DIRECTORY, dir_fd=at)
+    except (OSError, ValueError):
+        return None
+
+
+def _descend(root: int, path: str) -> int | None:
+    """A descriptor of the directory `path` below `root`; None where there is none, or a link on the way."""
+    at: int | None = os.dup(root)
+    for part in path.split("/"):
+        if part and at is not None:
+            below = _directory(at, part)
+            os.close(at)
+            at = below
+    return at
+
+
+def _names(root: int, workdir: str, prefix: str) -> Iterator[str]:
+    """Paths of the files of `workdir` below `prefix`."""
+    top = _descend(root, f"{workdir}/{prefix}")
+    if top is None:
+        return
+    try:
+        for path, fd, _ in _files(top, f"{prefix}/" if prefix else "", prefix.count("/")):
+            os.close(fd)
+            yield path
+    finally:
+        os.close(top)
+
+
+def _touched(upper: int, workdir: str) -> Iterator[str]:
+    """Paths of `workdir` that an upper directory replaces, with all that was below them; "" is `workdir` itself."""
+    at = os.dup(upper)
+    try:
+        for part in filter(None, workdir.split("/")):
+            below = _directory(at, part)
+            if below is None:
+                if _exists(at, part):
+                    yield ""
+                return
+            os.close(at)
+            at = below
+            if _opaque(at):
+                yield ""
+        yield from _touched_below(at, "", 0)
+    finally:
+        os.close(at)
+
+
+def _touched_below(directory: int, prefix: str, depth: int) -> Iterator[str]:
+    for name in sorted(os.listdir(directory)):
+        path = prefix + name
+        try:
+            mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+        except OSError:
+            continue
+        if not stat.S_ISDIR(mode):
+            yield path  # a file, a whiteout, a link
+            continue
+        below = _directory(directory, name)
+        if below is None:
+            continue
+        try:
+            if _opaque(below):
+                yield path
+            if depth < DEPTH:
+                yield from _touched_below(below, f"{path}/", depth + 1)
+        finally:
+            os.close(below)
+
+
+def _opaque(directory: int) -> bool:
+    """Whether overlayfs shows nothing of the layers below this directory."""
+    for kind in ("trusted", "user"):
+        with contextlib.suppress(OSError):
+            return os.getxattr(directory, f"{kind}.overlay.opaque") == b"y"
+    return False
+
+
+def _exists(directory: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
+def _content(fd: int, size: int) -> bytes:
     parts = []
     while size > 0 and (part := os.read(fd, min(size, 1 << 20))):
         parts.append(part)

@@ -19,6 +19,7 @@ import pytest
 
 from envs.errors import SandboxDead, Unsupported
 from envs.sandbox import Backend, FileChange, Limits, Result, Sandbox, cgroups, helper, make_backend, probe
+from tests.envs.images import docker_archive, system, tar
 
 BACKENDS = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("native", "docker")]
 PYTHON = f"{sys.executable} -I"
@@ -484,20 +485,36 @@ def test_host_walk_follows_nothing(box: Sandbox) -> None:
 
 def test_fork_and_snapshot(box: Sandbox) -> None:
     sh(box, "cd sub; export A='1 2'; echo new >n.txt; chmod 700 n.txt")
-    snapshot = box.snapshot()
-    assert (snapshot.cwd, snapshot.exports["A"]) == ("/repo/sub", "1 2")
-    assert snapshot.files["sub/n.txt"] == FileChange(b"new\n", 0o700)
     first, second = box.fork(2)
-    try:
+    with first, second:
         assert sh(first, "pwd; echo $A; ./c.sh") == "/repo/sub\n1 2\nc\n"
         sh(first, "rm n.txt; echo f >>b.txt")
         assert dict(first.changes()) == {"sub/b.txt": FileChange(b"two\nf\n")}
         assert dict(second.changes()) == dict(box.changes()) == {"sub/n.txt": FileChange(b"new\n", 0o700)}
         first.close()
         assert sh(second, "echo $A") == sh(box, "echo $A") == "1 2\n"
-    finally:
-        first.close()
-        second.close()
+    with box.snapshot() as snapshot:
+        assert (snapshot.cwd, snapshot.exports["A"]) == ("/repo/sub", "1 2")
+        sh(box, "echo later >>n.txt; rm b.txt")
+        box.close()
+        with snapshot.start() as child, snapshot.start() as other:
+            sh(child, "rm -r ../sub; mkdir ../sub; echo x >../sub/n.txt")
+            assert sh(other, "cat n.txt") == "new\n"
+            gone = {f"sub/{name}": FileChange(None) for name in ("b.txt", "c.sh")}
+            assert dict(child.changes()) == gone | {"sub/n.txt": FileChange(b"x\n", 0o644)}
+    with pytest.raises(SandboxDead):
+        snapshot.start()
+
+
+def test_a_chain_of_forks(box: Sandbox) -> None:
+    for depth in range(4):
+        sh(box, f"echo {depth} >>a.txt; mkdir d{depth}; touch d{depth}/x; rm -rf d{depth - 1}")
+        (child,) = box.fork(1)
+        box.close()
+        box = child
+    with box:
+        assert sh(box, "cat a.txt; ls -d d*") == "one\n0\n1\n2\n3\nd3\n"
+        assert dict(box.changes()) == {"a.txt": FileChange(b"one\n0\n1\n2\n3\n"), "d3/x": FileChange(b"")}
 
 
 # ---- lifetimes ----
@@ -754,13 +771,18 @@ out["after"] = ask("echo ok")
 box.write("a.py", b"print(6)")
 out["fork"] = box.fork(1)[0].run("python3 a.py", timeout=20).text()
 out["changes"] = sorted(box.changes())
+with backend.create(base=sys.argv[1]) as image:
+    image.run("rm -r pkg; mkdir pkg; echo 2 >pkg/b; echo x >/etc/x; rm /bin/ls; mkdir new; echo 3 >new/c", timeout=20)
+    (child,) = image.fork(1)
+    child.run("rm pkg/b", timeout=20)
+    out["image"] = [child.run("id -u; cat new/c /etc/x", timeout=20).text(), sorted(image.changes()), sorted(child.changes())]
 backend.close()
 print(json.dumps(out))
 """
 USER = 54_321
 
 
-def as_user(tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]:
+def as_user(tmp_path: Path, code: str, *args: str) -> subprocess.CompletedProcess[str]:
     """Run `code` as an ordinary user with a copy of the sandbox package, by an interpreter that this user may read."""
     python = sys.executable if os.geteuid() else "/usr/bin/python3"
     version = subprocess.run(
@@ -786,13 +808,15 @@ def as_user(tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]:
     if not os.geteuid():
         os.chown(root / "cache", USER, USER)
     return subprocess.run(
-        [python, "-c", code], env=environment, cwd="/", capture_output=True, text=True, timeout=120, **identity
+        [python, "-c", code, *args], env=environment, cwd="/", capture_output=True, text=True, timeout=120, **identity
     )
 
 
 @pytest.mark.native
 def test_an_ordinary_user_needs_neither_root_nor_cgroups(tmp_path: Path) -> None:
-    done = as_user(tmp_path, EPISODE)
+    layer = tar(system() | {"repo/pkg/a": b"1\n", "repo/keep": b"k\n"})
+    archive = docker_archive(tmp_path / "image.tar", [layer, tar({"repo/.wh.keep": b""})])
+    done = as_user(tmp_path, EPISODE, str(archive))
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout)
     assert out["id"] == ["exit", 0, "1000\n"] and out["run"] == ["exit", 0, "5\n"]
@@ -800,6 +824,7 @@ def test_an_ordinary_user_needs_neither_root_nor_cgroups(tmp_path: Path) -> None
     for name in ("etc", "unshare", "broker", "memfd", "bomb"):
         assert out[name][1] != 0, (name, out[name])
     assert out["after"] == ["exit", 0, "ok\n"] and out["fork"] == "6\n" and out["changes"] == ["a.py"]
+    assert out["image"] == ["0\n3\nx\n", ["new/c", "pkg/a", "pkg/b"], ["new/c", "pkg/a"]]
 
 
 @pytest.mark.native
@@ -809,11 +834,10 @@ def test_without_user_namespaces_the_error_is_one_line(tmp_path: Path) -> None:
     code = "from envs.sandbox import make_backend\ntry: make_backend('native')\nexcept ValueError as e: print(e)"
     lowered = (
         "import os, subprocess, sys\nos.unshare = __import__('ctypes').CDLL(None).unshare\nassert os.unshare(0x10000000) == 0\n"
-        "open('/proc/self/setgroups', 'w').write('deny')\nopen('/proc/self/uid_map', 'w').write('0 54321 1')\n"
-        "open('/proc/self/gid_map', 'w').write('0 54321 1')\nopen('/proc/sys/user/max_user_namespaces', 'w').write('0')\n"
-        "import ctypes; os.geteuid = lambda: 1000\n"
+        "open('/proc/self/setgroups', 'w').write('deny')\nopen('/proc/self/uid_map', 'w').write('1000 54321 1')\n"
+        "open('/proc/self/gid_map', 'w').write('1000 54321 1')\nopen('/proc/sys/user/max_user_namespaces', 'w').write('0')\n"
     )
     done = as_user(tmp_path, lowered + code)
     assert done.returncode == 0, done.stderr
     line = done.stdout.strip()
-    assert "\n" not in line and "clone" in line and "max_user_namespaces" in line and "docker" in line, line
+    assert "\n" not in line and "unshare" in line and "max_user_namespaces" in line and "docker" in line, line

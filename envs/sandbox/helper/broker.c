@@ -26,7 +26,7 @@ enum { FD_OUT = 196, FD_CMD, FD_GO, FD_STATUS };
 
 static struct { pid_t pid; int out, go, status, fresh; } shell = {-1, -1, -1, -1, 0};
 static int lost;        /* a shell that was not ended by us is gone since the last reply */
-static int cmd = -1, workdir_fd = -1;
+static int cmd = -1;
 static char cwd[4096], workdir[4096];
 static char **env;      /* of the first shell */
 static char *exports;   /* `export -p` after the last command, for the next shell */
@@ -351,16 +351,18 @@ static void serve(void) {
     free(body);
 }
 
-/* Says that the sandbox is ready (with its work directory's descriptor) and serves the control stream for ever. */
+/* Says that the sandbox is ready, with the descriptors that the owner is to have, and serves the control stream for ever. */
 void broker(void) {
-    char ready[5] = {1, 0, 0, 0, 'K'}, space[CMSG_SPACE(sizeof(int))] = {0};
+    size_t size = (size_t)nseen * sizeof(int);
+    char ready[5] = {1, 0, 0, 0, 'K'}, space[CMSG_SPACE(sizeof seen_fds)] = {0};
     struct iovec iov = {ready, sizeof ready};
-    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof space};
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = space, .msg_controllen = CMSG_SPACE(size)};
     struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
-    c->cmsg_level = SOL_SOCKET, c->cmsg_type = SCM_RIGHTS, c->cmsg_len = CMSG_LEN(sizeof(int));
-    memcpy(CMSG_DATA(c), &workdir_fd, sizeof(int));
+    c->cmsg_level = SOL_SOCKET, c->cmsg_type = SCM_RIGHTS, c->cmsg_len = CMSG_LEN(size);
+    memcpy(CMSG_DATA(c), seen_fds, size);
     if (sendmsg(ctl, &msg, MSG_NOSIGNAL) != sizeof ready) _exit(0);
-    close(workdir_fd), strcpy(cwd, workdir);
+    while (nseen) close(seen_fds[--nseen]);
+    strcpy(cwd, workdir);
     cap = 4096, cap_buf = must(malloc(cap)), status_text = must(malloc(STATE_MAX));
     for (int st;;) {
         struct pollfd p[3] = {{ctl, POLLIN | POLLRDHUP, 0}, {shell.out, POLLIN, 0}, {sigfd, POLLIN, 0}};
@@ -372,7 +374,7 @@ void broker(void) {
 }
 
 /* What the broker needs of before the filter closes behind it. */
-void prepare_broker(const char *dir) {
+void prepare_broker(const char *dir, const char *view) {
     sigset_t chld;
     sigemptyset(&chld), sigaddset(&chld, SIGCHLD);
     snprintf(workdir, sizeof workdir, "%s", dir);
@@ -382,7 +384,7 @@ void prepare_broker(const char *dir) {
     cmd = memfd_create("commands", MFD_CLOEXEC | MFD_ALLOW_SEALING); /* sealed: the shell's user could grow it */
     if (cmd < 0 || ftruncate(cmd, SCRIPT_MAX + STATE_MAX + 2)) die("memfd", "");
     if (fcntl(cmd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL)) die("memfd seal", "");
-    if ((workdir_fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0) die("open", dir);
+    if ((seen_fds[nseen++] = open(view, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0) die("open", view);
     umask(022);
     signal(SIGPIPE, SIG_IGN);
 }

@@ -1,9 +1,11 @@
 /* What the parts of the helper share. The helper is one static binary with two uses:
  *
- * helper zygote FD        Reads requests on the seqpacket socket FD. A request is a list of operations (launch.c), the
+ * helper zygote FD DIR W  Reads requests on the seqpacket socket FD. A request is a list of operations (launch.c), the
  *                         control stream of the new sandbox attached. Clones the sandbox, reaps it and removes its
  *                         cgroups; the control stream reaches end of file on the owner's side only after that. Ends,
- *                         and every sandbox with it, when FD closes or the process that started it dies.
+ *                         and every sandbox with it, when FD closes or the process that started it dies. What sandboxes
+ *                         write is mounted over DIR, in a mount namespace of the zygote's own. W: "root", or
+ *                         "user" for one who can be nobody else and needs a user namespace for everything.
  * helper broker SOCK DIR  PID 1 of a container: connects to the unix socket SOCK and serves the same control stream.
  */
 #ifndef HELPER_H
@@ -33,6 +35,7 @@
 
 extern int ctl;   /* the control stream of this sandbox */
 extern int sigfd; /* SIGCHLD of this process */
+extern int seen_fds[3], nseen; /* what the owner gets to see of this sandbox: origin, upper, root (launch.c) */
 
 /* wire.c */
 void *must(void *p);                              /* ends the process when an allocation failed */
@@ -46,7 +49,7 @@ int put(const char *path, const char *text);      /* writes a short text to an e
 void filter(int no_rlimit_escape);
 
 /* broker.c */
-void prepare_broker(const char *dir);
+void prepare_broker(const char *dir, const char *view);
 __attribute__((noreturn)) void broker(void);
 
 #endif

@@ -1,7 +1,7 @@
 /* Messages to the owner and small file writes. */
 #include "helper.h"
 
-int ctl = -1, sigfd = -1;
+int ctl = -1, sigfd = -1, seen_fds[3], nseen;
 
 void *must(void *p) { if (!p) _exit(70); return p; }
 
