@@ -111,14 +111,14 @@ class Channel:
 
     def read(self, path: str, limit: int) -> bytes:
         """A regular file's bytes; `OSError` as the sandbox's user would get it, EFBIG past `limit`."""
-        data, raw = b"", _raw(path)
+        data, raw = bytearray(), _raw(path)
         while True:
             body = self._file(path, b"G", struct.pack("<QI", len(data), CHUNK) + raw)
             if (size := struct.unpack_from("<Q", body)[0]) > limit:
                 raise OSError(errno.EFBIG, f"{size} bytes, more than the limit of {limit}", path)
             data += body[8:]
             if len(body) == 8 or len(data) >= size:
-                return data[:limit]
+                return bytes(data[:limit])
 
     def write(self, files: Iterable[tuple[str, bytes, int | None]]) -> None:
         """Create or replace files (path, data, mode; None keeps the mode of a file that is there)."""
