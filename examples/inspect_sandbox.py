@@ -1,7 +1,7 @@
 """codeworld's sandboxes for Inspect AI: import this module where a task is defined, then `Task(sandbox="codeworld", ...)`.
 
-`sandbox=("codeworld", "docker:codeworld-base")` chooses the backend and, after a colon, its base. A sandbox has one user:
-a command as another one is refused. At a command's timeout every process in its sandbox is killed.
+`sandbox=SandboxEnvironmentSpec("codeworld", Options(backend="docker", base="codeworld-base"))` chooses more. A sandbox has
+one user: a command as another one is refused. At a command's timeout every process in its sandbox is killed.
 """
 
 import errno
@@ -11,13 +11,21 @@ import threading
 from anyio import to_thread
 from inspect_ai import util
 from inspect_ai.util import SandboxEnvironmentLimits as Most
+from pydantic import BaseModel
 
 from envs.sandbox import Limits, SandboxDead
 from envs.sandbox.channel import TIMEOUT_MAX
 from envs.swe.env import shared_backend
 
-LIMITS = Limits(memory_mb=2048, disk_mb=1024, pids=256)
 OWN = "/tmp/.inspect"
+
+
+class Options(BaseModel, frozen=True):
+    """What a sandbox is made with."""
+
+    backend: str = "auto"
+    base: str = "host"
+    limits: Limits = Limits(memory_mb=2048, disk_mb=1024, pids=256)
 
 
 @util.sandboxenv(name="codeworld")
@@ -30,9 +38,13 @@ class CodeworldSandbox(util.SandboxEnvironment):
 
     @classmethod
     async def sample_init(cls, task_name, config, metadata):
-        name, _, base = (config or "auto").partition(":")
-        box = await to_thread.run_sync(lambda: shared_backend(name).create(base=base or "host", limits=LIMITS))
-        return {"default": cls(box)}
+        how = config or Options()
+        make = lambda: shared_backend(how.backend).create(base=how.base, limits=how.limits)  # noqa: E731
+        return {"default": cls(await to_thread.run_sync(make))}
+
+    @classmethod
+    def config_deserialize(cls, config):
+        return Options(**config)
 
     @classmethod
     async def sample_cleanup(cls, task_name, config, environments, interrupted):

@@ -84,11 +84,11 @@ def main(backend: str) -> None:
 
 
 async def _checks(backend: str) -> list[dict[str, Any]]:
-    import_module("examples.inspect_sandbox")
+    ours = import_module("examples.inspect_sandbox")
     checks = import_module("inspect_ai.util._sandbox.self_check")
     registry = import_module("inspect_ai.util._sandbox.registry")
     provider = registry.registry_find_sandboxenv("codeworld")
-    boxes = await provider.sample_init("selfcheck", backend, {})
+    boxes = await provider.sample_init("selfcheck", ours.Options(backend=backend), {})
     found = []
     try:
         for name in checks.__all__:
