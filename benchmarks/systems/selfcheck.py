@@ -47,8 +47,9 @@ def interpreter() -> Path:
     home = cache_dir() / f"inspect-{name}"
     if not (home / "ready").exists():
         print(f"selfcheck: installing {PEER} into {home}", flush=True)
-        _call([sys.executable, "-m", "venv", "--clear", str(home)])
-        _call([str(home / "bin/python"), "-m", "pip", "install", "-q", PEER])
+        remedy = "check the package index that pip uses"
+        _call(f"installing {PEER}", remedy, sys.executable, "-m", "venv", "--clear", str(home))
+        _call(f"installing {PEER}", remedy, str(home / "bin/python"), "-m", "pip", "install", "-q", PEER)
         (site,) = home.glob("lib/python*/site-packages")
         (site / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")  # after its own on the path
         (home / "ready").touch()
@@ -57,7 +58,8 @@ def interpreter() -> Path:
 
 def ask(python: Path, backend: str) -> list[dict[str, Any]]:
     """Run the checks in a process of that interpreter: name, seconds and error (empty: passed) of each."""
-    out = _call([str(python), "-c", f"from {__name__} import main; main({backend!r})"])
+    program = f"from {__name__} import main; main({backend!r})"
+    out = _call(f"self-check of {backend}", "or choose another --backend", str(python), "-c", program)
     found: list[dict[str, Any]] = json.loads(out.splitlines()[-1])
     return found
 
@@ -103,9 +105,9 @@ async def _checks(backend: str) -> list[dict[str, Any]]:
     return found
 
 
-def _call(command: list[str]) -> str:
+def _call(what: str, remedy: str, *command: str) -> str:
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     if done.returncode:
         cause = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()[-1]
-        raise ValueError(f"{' '.join(command[1:4])} … failed: {cause}; repair that, or choose another --backend")
+        raise ValueError(f"{what}: {cause}; {remedy}")
     return done.stdout

@@ -28,5 +28,5 @@ def test_what_fails_inside_is_one_line(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho trace >&2\necho 'Unsupported: no engine' >&2\nexit 1\n")
     python.chmod(0o755)
-    with pytest.raises(ValueError, match=r"^[^\n]*Unsupported: no engine; [^\n]*--backend$"):
+    with pytest.raises(ValueError, match=r"^self-check of docker: Unsupported: no engine; [^\n]*--backend$"):
         selfcheck.ask(python, "docker")
