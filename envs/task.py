@@ -37,7 +37,10 @@ class Budget:
     seconds: float = 2400.0
     """Wall clock of the episode, grading left out."""
     command_seconds: float = 120.0
-    """Wall clock of one command."""
+    """Wall clock of one command; a command that is starved of CPU gets longer (see `Sandbox.run`)."""
+    silence_seconds: float | None = None
+    """Wall clock that one command may be without output, for example 30 where commands tend to wait for input; None: no
+    such limit, as in CWM."""
     observation_chars: int = 32_768
     """Characters of one observation; cut on the right with a mark."""
     format_errors: int = 3

@@ -58,20 +58,24 @@ def parse(action: str, tools: Sequence[str]) -> ToolCall | FormatError:
     return ToolCall(name, body)
 
 
-def bash(sandbox: Sandbox, body: str, *, timeout: float, limit: int) -> str:
+def bash(sandbox: Sandbox, body: str, *, timeout: float, limit: int, silence: float | None = None) -> str:
     """Run commands in the persistent shell; the merged output, and a sentence for whatever ended it early.
 
-    A non-zero exit status is not reported, as in CWM. Raises `SandboxDead`.
+    A non-zero exit status is not reported, as in CWM. timeout, silence: seconds, in all and without output (see
+    `Sandbox.run`). Raises `SandboxDead`.
     """
-    result = sandbox.run(body, timeout=timeout)
+    result = sandbox.run(body, timeout=timeout, silence=silence)
     if result.cause == "dead":
         raise SandboxDead(f"sandbox {sandbox.id} died during a command")
-    return _cut(result.text(), limit) + _note(result, timeout)
+    quiet = result.clock == "silence"
+    return _cut(result.text(), limit) + _note(
+        result, f"{silence:g} seconds without output" if quiet else f"{timeout:g} seconds"
+    )
 
 
-def _note(result: Result, timeout: float) -> str:
+def _note(result: Result, time: str) -> str:
     said = {
-        "timeout": f"The command was killed after {timeout:g} seconds.",
+        "timeout": f"The command was killed after {time}.",
         "oom": "The command was killed: out of memory.",
         "pids": "The command hit the limit of processes.",
         "disk": "The disk of the sandbox is full.",

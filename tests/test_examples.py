@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import envs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,8 +23,9 @@ def test_reading_list_keeps_the_contract_and_pays_in_parts():
     assert (reward, terminated, info["outcome"]) == (1 / 3, True, "resolved")
 
 
-def test_an_environment_is_at_most_30_lines():
-    source = (ROOT / "examples" / "reading_list.py").read_text()
+@pytest.mark.parametrize(("name", "most"), [("reading_list.py", 30), ("inspect_sandbox.py", 80)])
+def test_an_environment_is_at_most_30_lines_and_a_sandbox_provider_80(name, most):
+    source = (ROOT / "examples" / name).read_text()
     doc = ast.get_docstring(ast.parse(source), clean=False)
     code = [line for line in source.replace(f'"""{doc}"""', "").splitlines() if line.strip()]
-    assert len(code) <= 30
+    assert len(code) <= most

@@ -16,6 +16,8 @@ from envs.errors import SandboxDead
 
 Cause = Literal["exit", "signal", "timeout", "oom", "pids", "disk", "output", "dead"]
 """Why a command ended: it exited, died by a signal, ran out of time, hit a limit, or the sandbox itself died."""
+Clock = Literal["total", "silence"]
+"""Which clock ended a command: that of its whole time, or that of its time without output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ class Result:
     """Seconds from sending the command to its end."""
     cpu: float | None = None
     """CPU seconds of the command's processes, where the backend can tell."""
+    clock: Clock | None = None
+    """The clock that ran out, where `cause` is "timeout"."""
     peak_memory: int | None = None
     """Peak bytes of the sandbox, where the backend can tell."""
     restarted: bool = False
@@ -138,12 +142,15 @@ class Sandbox(Protocol):
 
     id: str
 
-    def run(self, script: str, *, timeout: float, stdin: bytes = b"") -> Result:
+    def run(self, script: str, *, timeout: float, stdin: bytes = b"", silence: float | None = None) -> Result:
         """Run `script` in the persistent bash (cwd, exports and functions are kept).
 
-        At `timeout` seconds every process in the sandbox is killed, partial output is kept and the shell answers the next
-        command. What background processes wrote since the last command is part of the output. Raises `SandboxDead` only
-        if the sandbox itself is gone.
+        At `timeout` seconds, or at `silence` seconds without output (None: no such limit), every process in the sandbox
+        is killed, partial output is kept and the shell answers the next command. Both are wall clock, and a busy host
+        makes neither run out: past its limit a command goes on while it is starved, that is, while all processes of the
+        sandbox together have used fewer CPU seconds than the limit and don't sleep (they use 5 % of a core, or wait for
+        one), up to 10 times the limit. What background processes wrote since the last command is part of the output.
+        Raises `SandboxDead` only if the sandbox itself is gone.
         """
 
     def read(self, path: str, *, limit: int = 1 << 20) -> bytes:

@@ -94,7 +94,7 @@ class BrokeredSandbox(ABC):
         if start.cwd is not None:
             self._channel.start(start.exports or env, start.cwd)
 
-    def run(self, script: str, *, timeout: float, stdin: bytes = b"") -> Result:
+    def run(self, script: str, *, timeout: float, stdin: bytes = b"", silence: float | None = None) -> Result:
         """Run `script` in the persistent shell."""
         self._check_open()
         raw = _encode(script)
@@ -104,7 +104,7 @@ class BrokeredSandbox(ABC):
             what = "contains a NUL byte" if b"\0" in raw else f"is longer than {SCRIPT_MAX} bytes"
             return Result(exit=126, cause="exit", head=f"bash: the command {what}\n".encode())
         try:
-            reply = self._channel.run(raw, stdin, timeout, max(2, self.limits.output_kb << 10))
+            reply = self._channel.run(raw, stdin, timeout, max(2, self.limits.output_kb << 10), silence)
         except OSError as error:
             return Result(exit=126, cause="exit", head=f"bash: {error.strerror}\n".encode())
         self._cwd = reply.cwd
@@ -198,6 +198,7 @@ class BrokeredSandbox(ABC):
         return Result(
             exit=reply.status if cause == "exit" else None,
             cause=cause,
+            clock=reply.clock,
             head=reply.head,
             tail=reply.tail,
             total=reply.total,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from envs.errors import SandboxDead
+from envs.sandbox.base import Clock
 
 CHUNK = 1 << 20
 KEEP_MODE = 0xFFFFFFFF
@@ -24,11 +25,20 @@ TIMEOUT_MAX = 4e6
 SCRIPT_MAX = 1 << 20
 STDIN_MAX = 4 << 20
 OUTPUT_MAX = 4 << 20
+GUARD = 10
+"""A command that is starved of CPU ends at this many times its timeout (see `base.Sandbox.run`) at the latest."""
 GRACE = 30.0
-"""Seconds past a command's own timeout after which the broker counts as dead (a loaded host is slow, not dead)."""
+"""Seconds without an answer after which the broker counts as dead. While a command runs it says every 10 s that it is
+alive, so a starved broker is told from a dead one whatever the timeout is."""
 
 How = Literal["exit", "signal", "timeout"]
-_HOW: tuple[How, How, How] = ("exit", "signal", "timeout")
+_HOW: tuple[tuple[How, Clock | None], ...] = (
+    ("exit", None),
+    ("signal", None),
+    ("timeout", "total"),
+    ("timeout", "silence"),
+)
+_ALIVE = struct.pack("<Ic", 1, b"H")
 
 
 class SetupError(Exception):
@@ -44,6 +54,7 @@ class Reply:
     """What the broker says of one command."""
 
     how: How
+    clock: Clock | None
     status: int
     restarted: bool
     total: int
@@ -85,28 +96,29 @@ class Channel:
         else:
             self.ask(b"s", os.fsencode(cwd) + b"\0" + body)
 
-    def run(self, script: bytes, stdin: bytes, timeout: float, cap: int) -> Reply:
+    def run(self, script: bytes, stdin: bytes, timeout: float, cap: int, silence: float | None = None) -> Reply:
         """Run a script in the shell. Raises `OSError` when the broker couldn't hand it over."""
-        timeout = min(max(timeout, 0.0), TIMEOUT_MAX)
-        head = struct.pack("<III", int(timeout * 1000), cap, len(stdin))
+        clocks = int(min(max(timeout, 0.0), TIMEOUT_MAX) * 1000), _milliseconds(silence)
+        head = struct.pack("<IIIII", *clocks, GUARD, cap, len(stdin))
         begin = time.perf_counter()
-        body = self.ask(b"R", head + stdin + script, timeout + GRACE)
+        body = self.ask(b"R", head + stdin + script)
         wall = time.perf_counter() - begin
-        how, status, again, total, ncwd, nhead = struct.unpack_from("<BiBQII", body)
+        code, status, again, total, ncwd, nhead = struct.unpack_from("<BiBQII", body)
         at = struct.calcsize("<BiBQII") + ncwd
         cwd = os.fsdecode(body[at - ncwd : at])
-        return Reply(_HOW[how], status, bool(again), total, cwd, body[at : at + nhead], body[at + nhead :], wall)
+        how, clock = _HOW[code]
+        return Reply(how, clock, status, bool(again), total, cwd, body[at : at + nhead], body[at + nhead :], wall)
 
     def read(self, path: str, limit: int) -> bytes:
         """A regular file's bytes; `OSError` as the sandbox's user would get it, EFBIG past `limit`."""
-        data, raw = b"", _raw(path)
+        data, raw = bytearray(), _raw(path)
         while True:
             body = self._file(path, b"G", struct.pack("<QI", len(data), CHUNK) + raw)
             if (size := struct.unpack_from("<Q", body)[0]) > limit:
                 raise OSError(errno.EFBIG, f"{size} bytes, more than the limit of {limit}", path)
             data += body[8:]
             if len(body) == 8 or len(data) >= size:
-                return data[:limit]
+                return bytes(data[:limit])
 
     def write(self, files: Iterable[tuple[str, bytes, int | None]]) -> None:
         """Create or replace files (path, data, mode; None keeps the mode of a file that is there)."""
@@ -124,10 +136,10 @@ class Channel:
         if batch:
             self._file(names, b"W", b"".join(batch))
 
-    def ask(self, kind: bytes, body: bytes, timeout: float = GRACE) -> bytes:
+    def ask(self, kind: bytes, body: bytes) -> bytes:
         """One request and its reply's body. Raises `OSError` for a refused request, `SandboxDead` for no answer."""
         try:
-            self.stream.settimeout(timeout)
+            self.stream.settimeout(GRACE)
             self.stream.sendall(struct.pack("<I", len(body) + 1) + kind + body)
             answer, reply = self._reply()
         except BaseException as error:
@@ -149,14 +161,26 @@ class Channel:
             raise OSError(number, text, path if isinstance(path, str) else path[error.filename]) from None
 
     def _reply(self) -> tuple[bytes, bytes]:
-        """The next message's kind and body; most come in one piece."""
+        """The next answer's kind and body; most come in one piece."""
         data = self.stream.recv(1 << 17)
-        while len(data) < 5 or len(data) < 4 + int.from_bytes(data[:4], "little"):
+        while True:
+            while data.startswith(_ALIVE):
+                data = data[len(_ALIVE) :]
+            if len(data) >= 5 and len(data) >= 4 + int.from_bytes(data[:4], "little"):
+                return data[4:5], data[5:]
             part = self.stream.recv(1 << 20)
             if not part:
                 raise ConnectionResetError("end of stream")
             data += part
-        return data[4:5], data[5:]
+
+
+def _milliseconds(silence: float | None) -> int:
+    """For the broker: 0 is no limit."""
+    if silence is None:
+        return 0
+    if not silence > 0:
+        raise ValueError(f"silence={silence}: it must be above 0 seconds; None turns the clock off")
+    return max(1, int(min(silence, TIMEOUT_MAX) * 1000))
 
 
 def _raw(path: str) -> bytes:

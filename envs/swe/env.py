@@ -131,7 +131,10 @@ class SWEEnv(Env):
         assert self._sandbox is not None and self.task is not None
         if name == "bash":
             left = max(0.1, min(self.task.budget.command_seconds, self._deadline - time.monotonic()))
-            return TOOLS["bash"](self._sandbox, body, timeout=left, limit=self.task.budget.observation_chars)
+            budget = self.task.budget
+            return TOOLS["bash"](
+                self._sandbox, body, timeout=left, limit=budget.observation_chars, silence=budget.silence_seconds
+            )
         if name == "edit":
             return TOOLS["edit"](self._sandbox, body, context=self._context)
         return TOOLS[name](self._sandbox, body)

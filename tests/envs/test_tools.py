@@ -101,5 +101,7 @@ def test_bash_says_what_ended_a_command(sandbox):
     assert tools.bash(sandbox, "echo hi; false", timeout=5, limit=1000) == "hi\n"
     said = tools.bash(sandbox, "echo begun; sleep 60", timeout=1, limit=1000)
     assert "begun" in said and "killed after 1 seconds" in said
+    said = tools.bash(sandbox, "echo begun; sleep 60", timeout=60, limit=1000, silence=0.5)
+    assert "begun" in said and "killed after 0.5 seconds without output" in said
     assert tools.bash(sandbox, "seq 1 100000", timeout=5, limit=100).endswith("\n[...]")
     assert len(tools.bash(sandbox, "seq 1 100000", timeout=5, limit=100)) < 120

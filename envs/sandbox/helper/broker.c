@@ -7,21 +7,25 @@
  * Control stream, both ways: u32 length, u8 kind, body; integers are little-endian.
  *   S env\0...            start the shell in the work directory          -> K
  *   s cwd\0 env\0...      the same in cwd                                -> K
- *   R u32 timeout_ms u32 cap u32 n stdin[n] script   run in the shell
- *        -> K u8 how(0 exit 1 signal 2 timeout) i32 status u8 restarted u64 total u32 ncwd u32 nhead cwd head tail
+ *   R u32 timeout_ms u32 silence_ms(0: off) u32 guard u32 cap u32 n stdin[n] script   run in the shell
+ *        -> H* (alive, every 10 s), then K u8 how(0 exit 1 signal 2 timeout 3 silence) i32 status u8 restarted
+ *           u64 total u32 ncwd u32 nhead cwd head tail
  *   G u64 offset u32 max path                        read a regular file  -> K u64 size data
  *   W (u32 mode u64 offset u64 size u32 npath u32 ndata path data)*  write files -> K
  *   X                     kill everything but the broker                 -> K
  * Failures: N i32 errno u32 index (a request failed), E text (the sandbox could not be made).
  */
 #include "helper.h"
+#include <dirent.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/vfs.h>
 #include <time.h>
 
 #define SCRIPT_MAX (1u << 20)
 #define STATE_MAX (1u << 20)
 #define MODE_KEEP 0xffffffffu
+#define BEAT_MS 10000
 enum { FD_OUT = 196, FD_CMD, FD_GO, FD_STATUS };
 
 static struct { pid_t pid; int out, go, status, fresh; } shell = {-1, -1, -1, -1, 0};
@@ -175,14 +179,54 @@ static int64_t now_ms(void) {
     return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-/* Waits for the command's end. how: 0 exit, 1 signal, 2 timeout; *again: the shell has to be started again. */
-static int await(uint32_t timeout_ms, int *value, int *again) {
-    int64_t deadline = now_ms() + timeout_ms;
-    for (int st;;) {
+/* CPU ms used so far by all that ran here but the broker; *ready: a process has a core now or waits for one. What a
+ * parent that ignores SIGCHLD has reaped is missing: hiding there makes a command look idle, which ends it sooner. */
+static int64_t cpu_ms(int *ready) {
+    struct rusage reaped;
+    getrusage(RUSAGE_CHILDREN, &reaped);
+    int64_t us = reaped.ru_utime.tv_usec + reaped.ru_stime.tv_usec, ticks = 0, hz = sysconf(_SC_CLK_TCK);
+    DIR *proc = opendir("/proc");
+    *ready = 0;
+    for (struct dirent *e; proc && (e = readdir(proc));) {
+        char path[64], text[1024], state, *after;
+        long user, sys, child_user, child_sys;
+        if (atoi(e->d_name) < 2) continue;
+        snprintf(path, sizeof path, "/proc/%d/stat", atoi(e->d_name));
+        int fd = open(path, O_RDONLY | O_CLOEXEC);
+        ssize_t n = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
+        if (fd >= 0) close(fd);
+        text[n > 0 ? n : 0] = 0, after = strrchr(text, ')'); /* the name before it may hold anything */
+        if (!after || sscanf(after, ") %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %ld %ld %ld %ld", &state, &user, &sys,
+                             &child_user, &child_sys) != 5) continue;
+        ticks += user + sys + child_user + child_sys, *ready |= state == 'R';
+    }
+    if (proc) closedir(proc);
+    return (reaped.ru_utime.tv_sec + reaped.ru_stime.tv_sec) * 1000 + us / 1000 + ticks * 1000 / hz;
+}
+
+/* A command's clock, in ms: `limit` (below 0: none) of wall time since `since`, when all had used `cpu` (-1: not known). */
+struct watch { int64_t limit, since, cpu; };
+
+/* Past its limit, a command goes on while it is starved (not idle, less CPU time used than the limit), up to the guard. */
+static int over(struct watch *w, int64_t now, int64_t cpu, int idle, uint32_t guard) {
+    int64_t wall = now - w->since;
+    if (w->cpu < 0) w->cpu = cpu;
+    return w->limit >= 0 && wall >= w->limit && (idle || cpu - w->cpu >= w->limit || wall >= guard * w->limit);
+}
+
+/* Waits for the command's end. how: 0 exit, 1 signal, 2 timeout, 3 silence; *again: the shell has to be started again. */
+static int await(const uint32_t clocks[3], int *value, int *again) { /* timeout_ms, silence_ms, guard */
+    int64_t now = now_ms(), last = -1, at = now, beat = now, idle;
+    struct watch whole = {clocks[0], now, -1}, quiet = {clocks[1] ? clocks[1] : -1, now, -1};
+    int64_t least = clocks[1] && clocks[1] < clocks[0] ? clocks[1] : clocks[0];
+    int64_t every = least / 20 < 200 ? 200 : least / 20 > 1000 ? 1000 : least / 20; /* between looks at CPU clocks */
+    if (every > least / 2) every = least / 2; /* the second look is no later than the first limit */
+    for (int st, ready;;) {
         struct pollfd p[4] = {
             {ctl, POLLRDHUP, 0}, {shell.out, POLLIN, 0}, {shell.status, POLLIN, 0}, {sigfd, POLLIN, 0}};
-        int64_t left = deadline - now_ms();
-        if (left > 0 && poll(p, 4, left > 1 << 30 ? 1 << 30 : (int)left) < 0 && errno != EINTR) _exit(71);
+        uint64_t before = total;
+        int64_t left = at + every - now_ms();
+        if (poll(p, 4, left > 0 ? (int)left : 0) < 0 && errno != EINTR) _exit(71);
         if (p[0].revents) _exit(0);
         if (p[1].revents) drain(1 << 20);
         int done = p[2].revents ? read_status(value) : 0;
@@ -194,9 +238,19 @@ static int await(uint32_t timeout_ms, int *value, int *again) {
             *value = WIFSIGNALED(st) ? WTERMSIG(st) : WEXITSTATUS(st);
             return WIFSIGNALED(st);
         }
-        if (done < 0 || left <= 0) {
+        now = now_ms();
+        if (total != before) quiet.since = now, quiet.cpu = -1;
+        int how = done < 0;
+        if (!how && now >= at + every) {
+            int64_t cpu = cpu_ms(&ready);
+            idle = last >= 0 && !ready && (cpu - last) * 20 < now - at; /* it slept: less than 5 % of a core */
+            how = over(&whole, now, cpu, idle, clocks[2]) ? 2 : over(&quiet, now, cpu, idle, clocks[2]) ? 3 : 0;
+            last = cpu, at = now;
+            if (now - beat >= BEAT_MS) frame(ctl, 'H', "", 0, "", 0), beat = now;
+        }
+        if (how) {
             kill_everything(), *again = 1, *value = SIGKILL;
-            return done < 0 ? 1 : 2;
+            return how;
         }
     }
 }
@@ -223,9 +277,9 @@ static void reply_run(int how, int value, int again) {
 }
 
 static void op_run(const char *body, size_t n) {
-    uint32_t timeout_ms, want, nin;
-    if (n < 12) _exit(72);
-    memcpy(&timeout_ms, body, 4), memcpy(&want, body + 4, 4), memcpy(&nin, body + 8, 4), body += 12, n -= 12;
+    uint32_t clocks[3], want, nin;
+    if (n < 20) _exit(72);
+    memcpy(clocks, body, 12), memcpy(&want, body + 12, 4), memcpy(&nin, body + 16, 4), body += 20, n -= 20;
     if (nin > n || want < 2 || want > FRAME_MAX / 2) _exit(72);
     size_t nscript = n - nin;
     if (nscript > SCRIPT_MAX) { refuse(E2BIG, 0); return; }
@@ -244,7 +298,7 @@ static void op_run(const char *body, size_t n) {
     if (reap(&st)) drop_shell(), again = 1;
     for (int tries = 0; tries < 2; tries++) {
         if (shell.pid < 0 && start_shell() < 0) { kill_everything(), again = 1; continue; }
-        if (!send_script(body + nin, nscript, input)) { how = await(timeout_ms, &value, &again); break; }
+        if (!send_script(body + nin, nscript, input)) { how = await(clocks, &value, &again); break; }
         kill_everything(), again = 1;
     }
     int left = 0; /* what the command wrote is in the pipe by now; no more is waited for */
