@@ -20,7 +20,7 @@ import weakref
 from enum import StrEnum
 
 from envs.errors import InfraError, Unsupported
-from envs.sandbox import cgroups
+from envs.sandbox import cgroups, reaper
 from envs.sandbox.base import Limits, Sandbox
 from envs.sandbox.brokered import BrokeredSandbox, Files, Start, start_from
 from envs.sandbox.channel import Channel, SetupError
@@ -135,6 +135,8 @@ class NativeSandbox(BrokeredSandbox):
         except OSError:
             pass
         stream.close()
+        if self._group:
+            self._group.remove()  # does nothing but where the helper was killed
 
     def _sibling(self, start: Start) -> Sandbox:
         return self._backend._launch(start, self.limits)
@@ -147,13 +149,20 @@ class _Zygote:
     """The helper process that clones the sandboxes of this process; it ends with its socket or its owner."""
 
     def __init__(self) -> None:
+        reaper.on_start("native")
         self.owner = os.getpid()
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             null = subprocess.DEVNULL
-            command = [str(helper_path()), "zygote", str(theirs.fileno())]
             self._process = subprocess.Popen(
-                command, stdin=null, stdout=null, stderr=null, cwd="/", env={}, pass_fds=[theirs.fileno()]
+                [cgroups.owner_name(), "zygote", str(theirs.fileno())],  # by which the reaper knows whose it is
+                executable=helper_path(),
+                stdin=null,
+                stdout=null,
+                stderr=null,
+                cwd="/",
+                env={},
+                pass_fds=[theirs.fileno()],
             )
 
     def close(self) -> None:
