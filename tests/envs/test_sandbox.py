@@ -686,14 +686,6 @@ def test_cgroups_are_found_where_they_can_be_made(tmp_path: Path) -> None:
     assert found.parents == {"memory": root / "memory/a", **{name: root / name for name in ("pids", "cpu", "cpuacct")}}
 
 
-def test_groups_of_dead_owners_are_swept(tmp_path: Path) -> None:
-    dead, mine, probe = (tmp_path / name for name in ("codeworld-4194303-1-0", f"{cgroups.owner_name()}-0", "other"))
-    for path in (dead, mine, probe):
-        path.mkdir()
-    cgroups.Hierarchy(1, {"memory": tmp_path}).sweep()
-    assert (dead.exists(), mine.exists(), probe.exists()) == (False, True, True)
-
-
 def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
