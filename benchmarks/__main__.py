@@ -11,12 +11,13 @@ from typing import Any
 
 from envs.errors import user_errors
 
-SYSTEMS = ("learning", "selfcheck")
+SYSTEMS = ("learning", "selfcheck", "soak")
 EXAMPLE = """
 examples:
   python -m benchmarks systems learning --seeds 3 --json learning.json
   python -m benchmarks systems learning --seeds 1 --tasks 100 --table
   python -m benchmarks systems selfcheck --backend native --json selfcheck.json
+  python -m benchmarks systems soak --live 500 --episodes 200 --json soak.json
 """
 
 

@@ -13,6 +13,7 @@ from envs.registration import make, registered
 EXAMPLE = """
 examples:
   python -m envs doctor                       what this host can enforce, a line each
+  python -m envs doctor --reap                free what killed runs left, a line each
   python -m envs play                         repair task 0 of tiny-repairs with your own hands
   python -m envs play codeworld/SWE-v0 --task 7 --split validation
 In `play` an action ends with an empty line; `bash COMMAND` and `submit` are short for the tool calls.
@@ -32,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     doctor.add_argument("--json", metavar="F", help="write the table to a file as well")
+    doctor.add_argument(
+        "--reap", action="store_true", help="instead, free what dead runs left; living ones are not touched"
+    )
     play = commands.add_parser(
         "play", help="play an environment by hand", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -104,6 +108,8 @@ def play(args: Any) -> int:
 
 def doctor(args: Any) -> int:
     """The table of what this host can enforce; status 1 where no sandbox is possible."""
+    if args.reap:
+        return reap(args)
     from envs.sandbox import probe
 
     rows = probe()
@@ -118,6 +124,22 @@ def doctor(args: Any) -> int:
             json.dumps([{"what": w, "value": v, "remedy": r} for w, v, r in rows], indent=1) + "\n"
         )
     return int(not any(what.startswith("sandbox") and value == "works" for what, value, _ in rows))
+
+
+def reap(args: Any) -> int:
+    """Free what dead runs left, a line each; status 1 where something could not be freed."""
+    from envs.sandbox import reaper
+
+    rows = reaper.reap()
+    for kind, name, why in rows:
+        print(f"{kind} {name}: {f'NOT freed: {why}' if why else 'freed'}" if name else f"{kind}: not looked for: {why}")
+    stuck, freed = sum(bool(row.name and row.why) for row in rows), sum(not row.why for row in rows)
+    print(f"{freed} freed, {stuck} not" if freed or stuck else "nothing to reap")
+    if args.json:
+        from pathlib import Path
+
+        Path(args.json).write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    return int(stuck > 0)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from envs.sandbox.base import Limits
+from envs.sandbox.owner import PREFIX, current
 
 _PERIOD = 100_000
 _CONTROLLERS = ("memory", "pids", "cpu", "cpuacct")
-_PREFIX = "codeworld-"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,14 @@ class Group:
             pid_refusals=_read(pids, "pids.events", b"max") if limits_hit else None,
         )
 
+    def remove(self) -> None:
+        """Remove what is there and empty."""
+        for path in self.paths.values():
+            try:
+                path.rmdir()
+            except OSError:
+                pass
+
 
 @dataclass(frozen=True)
 class Hierarchy:
@@ -77,23 +85,14 @@ class Hierarchy:
         """The cgroup `name` of a sandbox, to be read."""
         return Group(self.version, {controller: path / name for controller, path in self.parents.items()})
 
-    def sweep(self) -> None:
-        """Remove the cgroups of owners that are gone."""
-        for parent in set(self.parents.values()):
-            for path in parent.glob(f"{_PREFIX}*"):
-                owner = path.name.removeprefix(_PREFIX).rsplit("-", 1)[0]
-                pid, _, start = owner.partition("-")
-                if pid.isdigit() and start != _start_time(int(pid)):
-                    _remove(path)
-
 
 _ALWAYS = frozenset(("memory.max", "pids.max", "cpu.max", "memory.limit_in_bytes", "pids.max", "cpu.cfs_quota_us"))
 """Limit files that must take the value (the root of a v2 tree doesn't show them); others are written where present."""
 
 
 def owner_name() -> str:
-    """The prefix of the cgroups that this process owns: its pid and start time, which together are unique."""
-    return f"{_PREFIX}{os.getpid()}-{_start_time(os.getpid())}"
+    """The prefix of the cgroups that this process owns, by which `Owner.parse` knows it."""
+    return PREFIX + current().tag
 
 
 def discover(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> Hierarchy | None:
@@ -135,11 +134,8 @@ def _memberships(file: Path) -> dict[str, str]:
 
 @functools.cache
 def hierarchy() -> Hierarchy | None:
-    """`discover()` for this process, once, after a sweep."""
-    found = discover()
-    if found:
-        found.sweep()
-    return found
+    """`discover()` for this process, once."""
+    return discover()
 
 
 def _discover_v2(root: Path, own: str) -> Hierarchy | None:
@@ -225,17 +221,3 @@ def _read(directory: Path | None, name: str, field: bytes = b"") -> int | None:
         return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(field + b" ")), None)
     except (OSError, ValueError):
         return None
-
-
-def _start_time(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return "gone"
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.rmdir()
-    except OSError:
-        pass

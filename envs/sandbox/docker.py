@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import InfraError, Unsupported
-from envs.sandbox import cgroups
+from envs.sandbox import cgroups, reaper
 from envs.sandbox.base import Changes, FileChange, Limits, Snapshot
 from envs.sandbox.brokered import BrokeredSandbox, Files, Start, start_from
 from envs.sandbox.channel import Channel, SetupError
 from envs.sandbox.helper import helper_path
 from envs.sandbox.hostbase import bind_paths, check_workdir, environment, skeleton, skeleton_name
+from envs.sandbox.owner import current
 from envs.sandbox.walk import diff, read_tree
 
 UID = 1_499_999_999
@@ -74,7 +75,7 @@ class DockerBackend:
     def _launch(self, start: Start, limits: Limits) -> DockerSandbox:
         client = self._connected()
         env = self._image_env(client, start.base)
-        home = Path(tempfile.mkdtemp(prefix="codeworld-"))
+        home = Path(tempfile.mkdtemp(prefix=f"{cgroups.owner_name()}-"))
         container = None
         try:
             home.chmod(0o711)
@@ -114,6 +115,7 @@ class DockerBackend:
                     raise Unsupported(
                         f"docker: no engine answers ({cause}); start dockerd, set DOCKER_HOST, or use the native backend"
                     ) from None
+                reaper.on_start("docker", client)
                 self._client = client
             return self._client
 
@@ -145,7 +147,11 @@ class DockerBackend:
             "user": f"{UID}:{UID}",
             "working_dir": "/",
             "hostname": "sandbox",
-            "labels": {LABEL: self.run},
+            "labels": {
+                LABEL: self.run,
+                reaper.OWNER_LABEL: current().tag,
+                reaper.LEASE_LABEL: str(int(time.time()) + reaper.LEASE_SECONDS),
+            },
             "network_mode": "none",
             "read_only": True,
             "auto_remove": True,  # the broker ends when its owner does, killed or not: the container goes with it
@@ -265,7 +271,7 @@ def _discard(container: Any, home: Path | None) -> None:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             try:
-                container.remove(force=True)
+                container.remove(v=True, force=True)
             except docker.errors.NotFound:
                 break
             except docker.errors.APIError as error:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from envs.errors import InfraError, Unsupported
-from envs.sandbox import cgroups
+from envs.sandbox import cgroups, reaper
 from envs.sandbox.base import Changes, Limits, Snapshot
 from envs.sandbox.bases import Base, find_base, layers_dir
 from envs.sandbox.brokered import BrokeredSandbox, Files, Start, start_from
@@ -185,6 +185,8 @@ class _Live:
         for fd in (self.root, self.origin):
             if fd is not None:
                 os.close(fd)
+        if self.group:
+            self.group.remove()  # does nothing but where the helper was killed
 
 
 class NativeSandbox(BrokeredSandbox):
@@ -244,6 +246,7 @@ class _Zygote:
     """The helper process that clones the sandboxes of this process; it ends with its socket or its owner."""
 
     def __init__(self) -> None:
+        reaper.on_start("native")
         self.owner = os.getpid()
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stores = cache_dir() / "stores"  # stays empty: what is mounted there, only the helper sees
@@ -251,10 +254,16 @@ class _Zygote:
         _raise_file_limit()
         with theirs:
             null = subprocess.DEVNULL
-            user = "user" if unprivileged() else "root"
-            command = [str(helper_path()), "zygote", str(theirs.fileno()), str(stores), user]
+            name = cgroups.owner_name()  # by which the reaper knows whose it is
             self._process = subprocess.Popen(
-                command, stdin=null, stdout=null, stderr=null, cwd="/", env={}, pass_fds=[theirs.fileno()]
+                [name, "zygote", str(theirs.fileno()), str(stores), "user" if unprivileged() else "root"],
+                executable=helper_path(),
+                stdin=null,
+                stdout=null,
+                stderr=null,
+                cwd="/",
+                env={},
+                pass_fds=[theirs.fileno()],
             )
 
     def free(self, store: int) -> None:
