@@ -11,11 +11,12 @@ from typing import Any
 
 from envs.errors import user_errors
 
-SYSTEMS = ("learning",)
+SYSTEMS = ("learning", "sandbox")
 EXAMPLE = """
 examples:
   python -m benchmarks systems learning --seeds 3 --json learning.json
   python -m benchmarks systems learning --seeds 1 --tasks 100 --table
+  python -m benchmarks systems sandbox --quick --no-peers
 """
 
 
@@ -39,21 +40,27 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the rows, a line each."""
+    for r in rows:
+        shown = f"{r['ours']:g} {r['unit']}" + (
+            f", {r['ratio']:g} x {r['peer_name']}" if r["ratio"] is not None else ""
+        )
+        verdict = "" if r["met"] is None else f"   goal {r['goal']}: {'met' if r['met'] else 'NOT MET'}"
+        print(f"{r['what']:<60} {shown:>22}  n={r['n']} {r['spread'] or ''}{verdict}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; status 0 when it ran, whatever was met."""
     from benchmarks.systems.base import commit, host
 
     args = parser().parse_args(argv)
     result = {"name": args.name, "commit": commit(), "host": host()}
-    result |= import_module(f"benchmarks.systems.{args.name}").run(args)
+    module = import_module(f"benchmarks.systems.{args.name}")
+    result |= module.run(args)
     goals = [r["met"] for r in result["rows"] if r["goal"]]
     result["ok"] = all(goals)
-    for r in result["rows"]:
-        shown = f"{r['ours']:g} {r['unit']}" + (
-            f", {r['ratio']:g} x {r['peer_name']}" if r["ratio"] is not None else ""
-        )
-        verdict = "" if r["met"] is None else f"   goal {r['goal']}: {'met' if r['met'] else 'NOT MET'}"
-        print(f"{r['what']:<60} {shown:>22}  n={r['n']} {r['spread'] or ''}{verdict}")
+    getattr(module, "show", show)(result["rows"])
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
