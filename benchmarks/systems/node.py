@@ -38,10 +38,10 @@ PER_CORE = 8
 BURN = "import time\nwhile time.process_time() < {}: pass"
 
 
-def measure(live: int, busy: int, ready: int, cpu: float) -> Iterator[list[dict[str, Any]]]:
+def measure(live: int, busy: int, ready: int, cpu: float, seconds: float) -> Iterator[list[dict[str, Any]]]:
     """Lists of rows: `ready` sandboxes from cold; latency with `live` of them, `busy` running tests; false timeouts."""
     yield from_cold(ready)
-    yield beside_tests(live, busy)
+    yield beside_tests(live, busy, seconds)
     yield false_timeouts(cpu)
 
 
@@ -82,7 +82,7 @@ def from_cold(n: int) -> list[dict[str, Any]]:
     return rows
 
 
-def beside_tests(live: int, busy: int, seconds: float = 5.0) -> list[dict[str, Any]]:
+def beside_tests(live: int, busy: int, seconds: float) -> list[dict[str, Any]]:
     """Latency of commands in idle sandboxes while others run test suites."""
     times: dict[str, list[float]] = {"true": [], "cat load.py": []}
     stop = threading.Event()

@@ -15,10 +15,11 @@ import random
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from benchmarks.systems import node
@@ -137,7 +138,8 @@ class Quantity(NamedTuple):
     key: str
     what: str
     unit: str = "ms"
-    goals: dict[str, str] = {}  # noqa: RUF012  (of ours, by name, against mini-swe-agent's Docker environment)
+    goals: Mapping[str, str] = MappingProxyType({})
+    """Of ours, by name, against mini-swe-agent's Docker environment."""
 
 
 BOTH = {"native": ">=200", "docker": ">=200"}
@@ -146,7 +148,7 @@ EPISODES = {"native": ">=40", "native, image": ">=40", "docker": ">=3"}
 
 def quantities(p: Plan) -> list[Quantity]:
     """All that is compared."""
-    found = [
+    return [
         Quantity("start", "start to first answer", goals={"native": ">=25"}),
         Quantity("first", "first command"),
         Quantity("builtin", "`true`", goals=BOTH),
@@ -160,7 +162,6 @@ def quantities(p: Plan) -> list[Quantity]:
         Quantity("p99", f"`true` in {p.many} sandboxes at once, p99"),
         Quantity("idle", "memory of an idle container: PSS of shim and processes", "MiB"),
     ]
-    return [q._replace(goals=dict(q.goals)) for q in found]
 
 
 def spread_of(values: Sequence[float]) -> list[float]:
@@ -176,8 +177,8 @@ def compared(record: Record, q: Quantity, ours: Sequence[str], peers: Sequence[s
     for name in ours:
         if not record.known(name, q.key):
             continue
-        rivals = [peer for peer in peers if record.known(peer, q.key)] if (name, q.key) in record.samples else [MINI]
-        for peer in rivals or [""]:
+        rivals = [peer for peer in peers if record.known(peer, q.key)] or [""]
+        for peer in rivals if (name, q.key) in record.samples else rivals[:1]:
             rows.append(versus(record, q, name, peer, q.goals.get(name, "") if peer == MINI else ""))
     return rows
 
@@ -207,6 +208,18 @@ def versus(
         times_better=q.unit in ("ms", "MiB") if better is None else better,
         why=why,
     )
+
+
+def above_floor(record: Record, ours: Sequence[str]) -> list[dict[str, Any]]:
+    """Starts as multiples of the floor."""
+    q = Quantity("start", "start to first answer, times the floor")
+    rows = []
+    for name in ours:
+        if (name, q.key) in record.samples:
+            for floor in FLOORS:
+                goal = "<=4" if (name, FLOORS[floor]) == ("native", "box") else ""
+                rows.append(versus(record, q, name, floor, goal, better=False))
+    return rows
 
 
 def ours_of(names: Sequence[str], stack: ExitStack) -> list[Lane]:
@@ -293,39 +306,38 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for q in quantities(p):
         rows += compared(record, q, [lane.name for lane in ours], [lane.name for lane in peers])
-    start = Quantity("start", "start to first answer, times the floor")
-    for name in FLOORS:
-        goal = "<=4" if name == "floor: bash in a box" else ""
-        rows += [
-            versus(record, start, lane.name, name, goal if lane.name == "native" else "", better=False) for lane in ours
-        ]
+    rows += above_floor(record, [lane.name for lane in ours])
     if "native" in names and not isinstance(ours[names.index("native")], Missing):
-        for found in node.measure(p.live, p.busy, p.ready, p.cpu):
+        for found in node.measure(p.live, p.busy, p.ready, p.cpu, p.window):
             print(f"sandbox: {found[0]['what']}", flush=True)
             rows += found
     return {"rows": rows}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a table, a quantity after the other."""
+    """Print the rows as a table, a quantity after the other; reasons below it."""
     print(f"\n{'':24} {'ours':>10} {'(p25-p75)':>17} {'peer':>10} {'unit':5} {'ratio':>8} {'goal':>7}")
     last = ""
+    whys: dict[str, int] = {}
     for r in rows:
         if r["what"] != last:
             print(r["what"])
             last = r["what"]
-        print("  " + line(r))
+        note = f" [{whys.setdefault(r['why'], len(whys) + 1)}]" if r.get("why") else ""
+        print(f"  {line(r)}{note}")
+    for why, at in whys.items():
+        print(f"[{at}] {why}")
+
+
+def number(value: float | None) -> str:
+    """Four digits, or "-"."""
+    return "-" if value is None else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 def line(r: dict[str, Any]) -> str:
     """One row of the table."""
-
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
-
     ours = (r["spread"] or {}).get("ours")
     between = f"({number(ours[1])}-{number(ours[2])})" if ours else ""
     verdict = {True: "met", False: "NOT MET", None: "not measured" if r["goal"] else ""}[r["met"]]
     text = f"{r['backend']:22} {number(r['ours']):>10} {between:>17} {number(r['peer']):>10} {r['unit']:5}"
-    text += f" {number(r['ratio']):>8} {r['goal']:>7} {verdict:8} {r['peer_name']}"
-    return (text + (f"  ({r['why']})" if r.get("why") else "")).rstrip()
+    return f"{text} {number(r['ratio']):>8} {r['goal']:>7} {verdict:8} {r['peer_name']}".rstrip()

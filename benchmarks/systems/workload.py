@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from shlex import quote
 from typing import Any
 
 CAT = "cat 8k"
@@ -191,8 +192,7 @@ def writing(files: dict[str, str], size: int = 100_000) -> Iterator[str]:
     script = ""
     for path, text in files.items():
         folder = path.rpartition("/")[0]
-        quoted = text.replace("'", "'\\''")
-        line = (f"mkdir -p {folder}; " if folder else "") + f"printf %s '{quoted}' >{path}\n"
+        line = (f"mkdir -p {quote(folder)}; " if folder else "") + f"printf %s {quote(text)} >{quote(path)}\n"
         if len(script) + len(line) > size:
             yield script
             script = ""
