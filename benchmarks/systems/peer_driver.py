@@ -1,8 +1,8 @@
 """Puts other projects' environments through `workload`, in a process of their own with their own packages.
 
-Started by `peers.py` with the Python of the peers' venv and one JSON argument (`image`, `label`, `bridge`, `python`). Reads
-a request a line, `{"world", "call", "args"}`, and answers each with a line, `{"ok": times}` or `{"error": text}`. Every
-time is taken in here, so no pipe is in it. Needs only what the peers install.
+Started by `lanes.py` with the Python of the peers' venv, one JSON argument (`image`, `label`, `bridge`, `python`) and a
+working directory of its own. Reads a request a line, `{"world", "call", "args"}`, and answers each with a line,
+`{"ok": times}` or `{"error": text}`. Every time is taken in here, so no pipe is in it. Needs only what the peers install.
 """
 
 from __future__ import annotations
@@ -233,6 +233,7 @@ def main() -> int:
         answers.write(json.dumps(reply) + "\n")
         answers.flush()
     sweep(options["label"])
+    shutil.rmtree(Path.cwd(), ignore_errors=True)
     return 0
 
 

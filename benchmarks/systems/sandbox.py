@@ -14,6 +14,7 @@ import argparse
 import random
 import statistics
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -103,17 +104,22 @@ class Record:
     """What was measured, and why something was not."""
 
     def __init__(self, seed: int) -> None:
+        self.began = time.monotonic()
         self.order = random.Random(seed)
         self.samples: dict[tuple[str, str], list[float]] = defaultdict(list)
         self.whys: dict[tuple[str, str], str] = {}
         self.failures: dict[tuple[str, str], int] = defaultdict(int)
+
+    def say(self, what: str) -> None:
+        """A line of progress."""
+        print(f"sandbox: {time.monotonic() - self.began:4.0f} s  {what}", flush=True)
 
     def rounds(
         self, times: int, lanes: Sequence[Lane], call: str, keys: Sequence[str], tag: str = "", **args: Any
     ) -> None:
         """Ask all lanes so many times, in a new order each time. A lane that failed twice isn't asked again."""
         for at in range(times):
-            print(f"sandbox: {call}{tag}, round {at + 1} of {times}", flush=True)
+            self.say(f"{call}{tag}, round {at + 1} of {times}")
             for lane in self.order.sample(list(lanes), len(lanes)):
                 if self.failures[lane.name, call + tag] < 2:
                     self.take(lane, call, keys, tag, args)
@@ -309,7 +315,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows += above_floor(record, [lane.name for lane in ours])
     if "native" in names and not isinstance(ours[names.index("native")], Missing):
         for found in node.measure(p.live, p.busy, p.ready, p.cpu, p.window):
-            print(f"sandbox: {found[0]['what']}", flush=True)
+            record.say(f"done: {found[0]['what']}")
             rows += found
     return {"rows": rows}
 
