@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
     systems = part.add_subparsers(dest="name", required=True)
     for name in SYSTEMS:
         module = import_module(f"benchmarks.systems.{name}")
-        one = systems.add_parser(name, help=(module.__doc__ or "").split("\n")[0], **shown)
+        about = module.__doc__ or ""
+        one = systems.add_parser(name, help=about.split("\n")[0], description=about, **shown)
         one.add_argument("--json", type=Path, help="write the rows to a file")
         module.options(one)
     return p

@@ -2,8 +2,8 @@
  *
  *   floor fork ROUNDS               fork, exec of /bin/true, wait
  *   floor bash ROUNDS               fork, exec of bash, its first answer over a pipe
- *   floor box ROUNDS GROUP...       the same bash in new namespaces on an overlay over / with a tmpfs upper, after joining
- *                                   a new cgroup under each GROUP; killed and its cgroups removed outside the time
+ *   floor box ROUNDS GROUP...       the same bash in new namespaces on an overlay over /usr with a tmpfs upper, after
+ *                                   joining a new cgroup under each GROUP; killed and its cgroups removed outside the time
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -49,9 +49,13 @@ static void isolate(char **joins, uid_t uid, gid_t gid) {
     }
     if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL)) stop("private mounts");
     if (mount("floor", STAGE, "tmpfs", 0, "size=64m") || chdir(STAGE)) stop("tmpfs");
-    if (mkdir("upper", 0755) || mkdir("work", 0755) || mkdir("root", 0755)) stop("mkdir");
-    const char *options = uid ? "lowerdir=/,upperdir=upper,workdir=work,userxattr" : "lowerdir=/,upperdir=upper,workdir=work";
-    if (mount("floor", "root", "overlay", 0, options) || chdir("root")) stop("overlay");
+    const char *dirs[] = {"usr", "upper", "work", "proc"}, *links[] = {"bin", "lib", "lib64"};
+    for (int i = 0; i < 4; i++)
+        if (mkdir(dirs[i], 0755)) stop(dirs[i]);
+    for (int i = 0; i < 3; i++)
+        if (snprintf(line, sizeof line, "usr/%s", links[i]) < 0 || symlink(line, links[i])) stop(links[i]);
+    const char *options = uid ? "lowerdir=/usr,upperdir=upper,workdir=work,userxattr" : "lowerdir=/usr,upperdir=upper,workdir=work";
+    if (mount("floor", "usr", "overlay", 0, options)) stop("overlay");
     if (mount("proc", "proc", "proc", 0, NULL)) stop("proc");
     if (syscall(SYS_pivot_root, ".", ".") || umount2(".", MNT_DETACH)) stop("pivot_root");
 }
@@ -74,7 +78,7 @@ static double answer(char **joins) {
         stop("/bin/bash");
     }
     close(in[0]), close(out[1]);
-    if (write(in[1], "true; echo $?\n", 14) != 14 || read(out[0], reply, sizeof reply) != 2 || *reply != '0') stop("answer");
+    if (write(in[1], "true; echo $?\n", 14) != 14 || read(out[0], reply, sizeof reply) != 2 || *reply != '0') stop("no answer");
     double spent = now() - began;
     kill(pid, SIGKILL), waitpid(pid, NULL, 0), close(in[1]), close(out[0]);
     return spent;

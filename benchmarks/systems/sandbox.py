@@ -5,7 +5,8 @@ are installed into a venv of their own under the user's cache. Containers have n
 one, has the bridge, or the host's where there is none); ours have all their limits set, the peers' none. `true` in ours
 is a builtin of a living shell, as the policy's is; `cat` starts a process.
 
-Times are `ours` and `peer` in ms and the ratio says how many times faster ours is; rates are the other way round.
+Times are `ours` and `peer` in ms and the ratio says how many times faster ours is, of rates as of times; against the floor
+it is ours / floor. `spread` holds the least, the 25th and the 75th percentile of each.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.systems import node, sandbox, workload
 from benchmarks.systems.base import row, tree
-from benchmarks.systems.lanes import Failed
+from benchmarks.systems.lanes import IMAGE, Failed
 from benchmarks.systems.sandbox import MINI, REX, Quantity, Record, compared
 
 
@@ -163,3 +164,38 @@ def test_native_alone_gives_every_row_and_leaves_nothing(tmp_path, capsys):
         *Path("/sys/fs/cgroup").glob("*/codeworld-floor-*"),
     ]
     assert "start to first answer" in capsys.readouterr().out
+
+
+def test_the_table_gives_each_reason_once_below_it(capsys):
+    rows = [row(f"x {i}", None, goal=">=2", backend="native", why="no such base") for i in range(2)]
+    sandbox.show([*rows, row("y", 3.0, peer=1.5, peer_name="other", goal=">=2", backend="docker")])
+    out = capsys.readouterr().out
+    assert out.count("no such base") == 1 and out.count("[1]") == 3 and out.count("not measured") == 2
+    assert "met" in out.partition("\ny\n")[2] and "other" in out
+
+
+@pytest.mark.docker
+def test_the_peers_process_says_what_it_lacks_and_sweeps_when_its_asker_is_gone(tmp_path):
+    label = f"codeworld.bench=test-{os.getpid()}"
+    workload.docker("run", "-d", "--network", "none", "--label", label, IMAGE, "sleep", "60")
+    home = tmp_path / "home"
+    home.mkdir()
+    try:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-S",
+                str(Path(workload.__file__).with_name("peer_driver.py")),
+                json.dumps({"label": label}),
+            ],
+            input='{"world": "mini-docker", "call": "single", "args": {}}\n' * 2,
+            capture_output=True,
+            text=True,
+            cwd=home,
+        )
+        replies = [json.loads(answer) for answer in done.stdout.splitlines()]
+        assert done.returncode == 0 and len(replies) == 2
+        assert all("error" in reply for reply in replies)
+        assert not home.exists()
+    finally:
+        assert workload.sweep(label) == 0, "it has swept"
