@@ -153,9 +153,11 @@ def kept(n: int, files: dict[str, bytes] | None = None) -> Iterator[list[Sandbox
 
 def pss_of_containers(label: str) -> list[float]:
     """MiB of each container with the label: its shim and all processes below. Empty where the kernel doesn't show it."""
+    time.sleep(2)  # commands that have answered are still being put away
     found = []
     for container in docker("ps", "-q", "--no-trunc", "--filter", f"label={label}").split():
-        shims = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if container in command_line(pid)]
+        lines = {int(pid): command_line(int(pid)) for pid in os.listdir("/proc") if pid.isdigit()}
+        shims = [pid for pid, line in lines.items() if container in line and "shim" in line.partition("\0")[0]]
         memory = pss(list({pid for shim in shims for pid, _ in tree(shim)}))
         if shims and memory:
             found.append(memory)
