@@ -11,13 +11,14 @@ from typing import Any
 
 from envs.errors import user_errors
 
-SYSTEMS = ("learning", "selfcheck", "soak")
+SYSTEMS = ("learning", "sandbox", "selfcheck", "soak")
 EXAMPLE = """
 examples:
   python -m benchmarks systems learning --seeds 3 --json learning.json
   python -m benchmarks systems learning --seeds 1 --tasks 100 --table
   python -m benchmarks systems selfcheck --backend native --json selfcheck.json
   python -m benchmarks systems soak --live 500 --episodes 200 --json soak.json
+  python -m benchmarks systems sandbox --quick --no-peers
 """
 
 
@@ -35,10 +36,21 @@ def parser() -> argparse.ArgumentParser:
     systems = part.add_subparsers(dest="name", required=True)
     for name in SYSTEMS:
         module = import_module(f"benchmarks.systems.{name}")
-        one = systems.add_parser(name, help=(module.__doc__ or "").split("\n")[0], **shown)
+        about = module.__doc__ or ""
+        one = systems.add_parser(name, help=about.split("\n")[0], description=about, **shown)
         one.add_argument("--json", type=Path, help="write the rows to a file")
         module.options(one)
     return p
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the rows, a line each."""
+    for r in rows:
+        shown = f"{r['ours']:g} {r['unit']}" + (
+            f", {r['ratio']:g} x {r['peer_name']}" if r["ratio"] is not None else ""
+        )
+        verdict = "" if r["met"] is None else f"   goal {r['goal']}: {'met' if r['met'] else 'NOT MET'}"
+        print(f"{r['what']:<60} {shown:>22}  n={r['n']} {r['spread'] or ''}{verdict}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,15 +59,11 @@ def main(argv: list[str] | None = None) -> int:
 
     args = parser().parse_args(argv)
     result = {"name": args.name, "commit": commit(), "host": host()}
-    result |= import_module(f"benchmarks.systems.{args.name}").run(args)
+    module = import_module(f"benchmarks.systems.{args.name}")
+    result |= module.run(args)
     goals = [r["met"] for r in result["rows"] if r["goal"]]
     result["ok"] = all(goals)
-    for r in result["rows"]:
-        shown = f"{r['ours']:g} {r['unit']}" + (
-            f", {r['ratio']:g} x {r['peer_name']}" if r["ratio"] is not None else ""
-        )
-        verdict = "" if r["met"] is None else f"   goal {r['goal']}: {'met' if r['met'] else 'NOT MET'}"
-        print(f"{r['what']:<60} {shown:>22}  n={r['n']} {r['spread'] or ''}{verdict}")
+    getattr(module, "show", show)(result["rows"])
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

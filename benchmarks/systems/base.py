@@ -16,7 +16,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 def row(
     what: str,
-    ours: float,
+    ours: float | None,
     *,
     peer: float | None = None,
     peer_name: str = "",
@@ -25,18 +25,25 @@ def row(
     n: int = 1,
     spread: Any = None,
     backend: str = "",
+    times_better: bool = False,
+    why: str = "",
 ) -> dict[str, Any]:
-    """One measured number. `goal` (">=20", "<=1") is of `ratio` (ours / peer), else of `ours`; absent, the row only reports."""
-    ratio = None if peer is None else round(ours / peer, 4)
-    measured = ours if ratio is None else ratio
+    """One measured number. `goal` (">=20", "<=1") is of `ratio` (ours / peer), else of `ours`; absent, the row only reports.
+
+    times_better: both are costs, so that `ratio` is peer / ours, how many times less ours is. A number that could not be
+    measured is None and `why` says the reason; a goal on it is neither met nor missed.
+    """
+    pair = (peer, ours) if times_better else (ours, peer)
+    ratio = None if ours is None or peer is None else round(pair[0] / pair[1], 4)  # type: ignore[operator]
+    measured = ours if peer is None else ratio
     met = None
-    if goal:
+    if goal and measured is not None and not why:
         bound = float(goal[2:])
         met = measured >= bound if goal.startswith(">=") else measured <= bound
     return {
         "what": what,
         "backend": backend,
-        "ours": round(ours, 4),
+        "ours": None if ours is None else round(ours, 4),
         "peer": peer,
         "peer_name": peer_name,
         "unit": unit,
@@ -45,6 +52,7 @@ def row(
         "met": met,
         "n": n,
         "spread": spread,
+        **({"why": why} if why else {}),
     }
 
 
