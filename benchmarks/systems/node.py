@@ -34,7 +34,7 @@ def case(i):
 for i in range(150):
     setattr(Load, f"test_{i}", case(i))
 """
-PER_CORE = 8
+PER_CORE = 4
 BURN = "import time\nwhile time.process_time() < {}: pass"
 
 
@@ -123,7 +123,7 @@ def beside_tests(live: int, busy: int, seconds: float) -> list[dict[str, Any]]:
 
 
 def false_timeouts(cpu: float) -> list[dict[str, Any]]:
-    """Commands that need `cpu` CPU seconds and may take twice as many, 8 at once for each core: how many time out."""
+    """Commands that need `cpu` CPU seconds and may take twice as many, 4 at once for each core: how many time out."""
     n = PER_CORE * (os.cpu_count() or 1)
     with kept(n) as boxes:
         results = spread(lambda box: box.run(f"python3 -c '{BURN.format(cpu)}'", timeout=2 * cpu), boxes)
