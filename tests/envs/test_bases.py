@@ -8,12 +8,14 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from envs.errors import Unsupported
 from envs.sandbox import Backend, FileChange, Sandbox, make_backend
 from envs.sandbox.bases import layers_dir
+from envs.sandbox.native import NativeBackend, NativeSandbox
 from tests.envs.images import Entries, docker_archive, entry, system, tar
 
 SYSTEM = system()
@@ -249,3 +251,51 @@ def test_a_local_docker_image(backend: Backend, cache: Path) -> None:
     with backend.create(base="codeworld-base") as box:
         assert sh(box, "python3 -c 'print(6 * 7)'; ls /usr/lib/x || :").startswith("42\n")
     assert "docker pull" in refused(backend, "no-such-image:here", cache)
+
+
+@pytest.mark.native
+def test_auto_takes_docker_for_what_native_refuses(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here by a stand-in for docker: which images the engine has is not the question."""
+    import envs.sandbox
+
+    class Engine(NativeBackend):
+        name = "docker"
+
+        def create(self, **options: Any) -> NativeSandbox:
+            return super().create(**{**options, "base": "host"})
+
+    make = envs.sandbox._new
+    monkeypatch.setattr(envs.sandbox, "_new", lambda name: Engine() if name == "docker" else make(name))
+    (tmp_path / "bad.tar").write_bytes(tar({**SYSTEM, **BAD["device"]}))
+    auto = make_backend()
+    try:
+        assert auto.name == "native"
+        for _ in range(2):
+            with auto.create(base=str(tmp_path / "bad.tar")) as box:
+                assert sh(box, "id -u") != "0\n"
+        with auto.create(base=str(plain(tmp_path))) as box:
+            assert sh(box, "id -u") == "0\n"
+        monkeypatch.setattr(Engine, "create", NativeBackend.create)
+        (tmp_path / "worse.tar").write_bytes(tar({**SYSTEM, **BAD["fifo"]}))
+        with pytest.raises(Unsupported, match=r"^native: [^\n]*; docker: [^\n]*$"):
+            auto.create(base=str(tmp_path / "worse.tar"))
+    finally:
+        auto.close()
+
+
+@pytest.mark.native
+def test_a_backend_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Point:
+        name = "mine"
+
+        def load(self) -> Any:
+            return NativeBackend
+
+    monkeypatch.setattr("envs.sandbox.entry_points", lambda group: [Point()] if group == "codeworld.sandboxes" else [])
+    made = make_backend("mine")
+    assert isinstance(made, NativeBackend)
+    made.close()
+    with pytest.raises(ValueError, match=r"mine\. Did you mean .*mine"):
+        make_backend("mime")
