@@ -219,12 +219,12 @@ def _limit_ops(limits: Limits, *, capped: bool) -> list[bytes]:
         resource.RLIMIT_NOFILE: 4096,
         resource.RLIMIT_FSIZE: size,
         resource.RLIMIT_MEMLOCK: 1 << 16,
-        resource.RLIMIT_NPROC: limits.pids + cgroups.OWN_PIDS,
         resource.RLIMIT_RTPRIO: 0,
         resource.RLIMIT_NICE: 0,
     }
-    if not capped:
+    if not capped:  # where a cgroup caps them, it answers alone: it counts its refusals, which a resource limit doesn't
         values[resource.RLIMIT_AS] = limits.memory_mb << 20
+        values[resource.RLIMIT_NPROC] = limits.pids + cgroups.OWN_PIDS
     return [_Op.RLIMIT(int(name), value) for name, value in values.items()]
 
 
