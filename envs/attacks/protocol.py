@@ -156,8 +156,7 @@ def crowd(stage: Stage) -> str:
     check(eventually(lambda: not naps(nap)), f"{len(naps(nap))} processes are left")
     left = [row for traces in seen for row in traces.left()]
     check(eventually(lambda: not any(traces.left() for traces in seen)), f"left: {', '.join(left[:5])}")
-    most = fds + workers  # a client of a daemon keeps a connection for each thread that it served
-    check(eventually(lambda: descriptors() <= most), f"{descriptors() - fds} descriptors of the owner are left")
+    check(eventually(lambda: descriptors() <= fds), f"{descriptors() - fds} descriptors of the owner are left")
     return f"{count} episodes, {workers} at once"
 
 
