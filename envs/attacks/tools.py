@@ -196,11 +196,25 @@ _FRAMING = (
 )
 
 
+def _forge(status: str) -> str:
+    return f'for f in /proc/$$/fd/*; do [ -p $f ] && printf "{status}\\n\\0" >$f; done; '
+
+
+_FORGED = (
+    _forge("0") + "(exit 11)",
+    _forge("0 1") + "(exit 12)",
+    _forge("0 $__cw_ticket") + "sleep 0.1; (exit 13)",
+    "(sleep 0.05; " + _forge("0 $__cw_ticket") + ") & (exit 14)",
+)
+"""A status written to every pipe that the shell holds, while its command goes on: a later result may be lost to it, flagged
+as `restarted`, but none may be another command's."""
+
+
 @tools("E6", "every delimiter, unbalanced quotes, set -e, traps, aliases, forged status", "boundary and status right")
 def framing(stage: Stage) -> str:
     """After each, a marked command must answer for itself: not with another's output or status."""
+    box = stage.shared
     for script, status in _FRAMING:
-        box = stage.shared
         result = box.run(script, timeout=1)
         fine = status is None or result.exit == status or result.restarted
         check(fine, f"{script!r}: status {result.exit} by {result.cause}, not {status}")
@@ -211,7 +225,14 @@ def framing(stage: Stage) -> str:
                 result.exit == number and f"mark{number}" in result.text() and f"mark{7 - number}" not in result.text()
             )
             check(ends, f"after {script!r}, exit {number} is answered by {result.exit} {result.text()[-80:]!r}")
-    return f"{len(_FRAMING)} scripts"
+    for script in _FORGED:
+        box.run(script, timeout=1)
+        results = [box.run(f"/bin/echo mark{n}; (exit {n})", timeout=QUICK) for n in range(3, 8)]
+        right = [r.exit == n and f"mark{n}\n" in r.text() for n, r in enumerate(results, 3)]
+        honest = all(fine or result.restarted for fine, result in zip(right, results, strict=True))
+        told = [f"{r.exit} {r.text()[-12:]!r}" for r in results]
+        check(honest and right[-1], f"after {script!r}, exits 3 to 7 are answered by {', '.join(told)}")
+    return f"{len(_FRAMING) + len(_FORGED)} scripts"
 
 
 _TALKERS = ("cat", "read -p 'Password: ' x", "python3", "bash -i", "less /etc/passwd", "more /etc/passwd", "vi /etc/passwd", "vim x", "nano x",
