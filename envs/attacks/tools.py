@@ -245,7 +245,7 @@ def interactive(stage: Stage) -> str:
     """Those that are not installed end at once as well."""
     box, clocked = stage.box(), 0
     for script in _TALKERS:
-        result = box.run(script, timeout=1)
+        result = box.run(script, timeout=0.5)
         clocked += result.cause == "timeout"
         check(
             result.wall < QUICK and result.cause in ("exit", "timeout"),

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from envs.__main__ import main
 from envs.attacks import GROUPS, Breach, Case, NotRun, Stage, run_case, run_suite, select
 from envs.errors import InfraError, Unsupported, user_errors
-from envs.sandbox import cgroups, make_backend
+from envs.sandbox import Backend, Sandbox, cgroups, make_backend
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("native", "docker")]
@@ -101,6 +102,47 @@ class _Blind(leaky.LeakyBackend):  # type: ignore[misc, name-defined]
         sandbox = super().create()
         sandbox.run = lambda script, **_: leaky.Result(exit=1, cause="exit", head=b"")
         return sandbox
+
+
+class _Broken:
+    """The native backend with one promise broken: it ignores `limits`, or `kill_all` and `close` do nothing."""
+
+    name = "broken"
+
+    def __init__(self, backend: Backend, promise: str) -> None:
+        self.backend, self.promise = backend, promise
+
+    def create(self, **options: Any) -> Sandbox:
+        if self.promise == "limits":
+            return self.backend.create(**{**options, "limits": None})
+        sandbox: Any = self.backend.create(**options)
+        sandbox.kill_all = sandbox.close = lambda: None
+        return cast("Sandbox", sandbox)
+
+    def close(self) -> None:
+        self.backend.close()
+
+
+@pytest.mark.native
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("promise", "ids", "said"),
+    [
+        ("limits", ("B1", "B3", "B5"), ("with a limit of 16", "limit of 8 MiB", "other bytes")),
+        ("close", ("B7", "B13"), ("left after kill_all", "left after close")),
+    ],
+)
+def test_a_broken_promise_is_a_breach(
+    promise: str, ids: tuple[str, ...], said: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("envs.attacks.resources.GRACE", 1.0)  # what is waited for does not come
+    broken = _Broken(make_backend("native"), promise)
+    try:
+        outcomes = run_suite(broken, ids=ids)
+    finally:
+        broken.close()
+    assert [outcome.verdict for outcome in outcomes] == ["breached"] * len(ids), outcomes
+    assert all(text in outcome.why for text, outcome in zip(said, outcomes, strict=True)), outcomes
 
 
 @pytest.mark.parametrize(
