@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import os
+import pwd
 import secrets
 import socket
 import threading
@@ -293,7 +293,7 @@ def environment(stage: Stage) -> str:
     same = [name for name, value in values.items() if name not in _BASICS and value and os.environ.get(name) == value
             and not name.startswith("PYTHON")]  # fmt: skip
     check(not same, f"variables of the owner: {', '.join(same)}")
-    user = getpass.getuser()
+    user = next((entry.pw_name for entry in pwd.getpwall() if entry.pw_uid == os.getuid()), str(os.getuid()))
     named = [name for name in ("USER", "LOGNAME", "HOSTNAME") if values.get(name) in (user, socket.gethostname())]
     check(not named, f"{', '.join(named)} name the host or its user {user}")
     return f"{len(values)} variables: {', '.join(sorted(values))}"

@@ -103,7 +103,6 @@ def pipe():
     os.set_blocking(ends[1], False)
     if os.write(ends[1], b"x" * 65536) < 65536: raise OSError(28, "a small pipe")
 attempt("pipe of 64 KiB", pipe)
-attempt("memfd", lambda: os.write(os.memfd_create("x"), b"x" * 4096))
 server = socket.create_server(("127.0.0.1", 0))
 attempt("socket", lambda: socket.create_connection(server.getsockname(), 2))
 """

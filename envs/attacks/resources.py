@@ -84,6 +84,8 @@ def memory(stage: Stage) -> str:
     box, mine, causes = stage.box(memory_mb=64, disk_mb=16, pids=32), Memory(), []
     told = box.usage().memory is not None
     for name, program in _HOG.items():
+        if not told and name == "children":
+            continue
         result = stage.python(box, program, timeout=QUICK)
         check(not result.ok, f"{name}: took 512 MiB with a limit of 64")
         if told and name != "memfd":
@@ -91,13 +93,14 @@ def memory(stage: Stage) -> str:
         peak = result.peak_memory
         check(peak is None or peak <= 65 << 20, f"{name}: {peak} bytes with a limit of 64 MiB")
         causes.append(f"{name} {result.cause}")
+        box.kill_all()  # children that are left hold what the next command needs
         stage.works(box)
     box.run("for d in /tmp /dev/shm /repo; do cat /dev/zero >$d/hog; done", timeout=QUICK)
     stage.works(stage.neighbour, "the neighbour")
     box.run("rm -f /tmp/hog /dev/shm/hog /repo/hog", timeout=QUICK)
     stage.works(box)
     check(mine.grown() < FLAT, f"the owner grew by {mine.grown() >> 20} MiB")
-    return ", ".join(causes) + ("" if told else "; this host tells no cause")
+    return ", ".join(causes) + ("" if told else "; no cgroup here: the limit is each process's own")
 
 
 @resources("B3", "full disk: one file, a million files, sparse files", "a quota; cause disk; the neighbour can write")
@@ -361,9 +364,10 @@ _NEXT = "import sys; from envs.sandbox import make_backend; make_backend(sys.arg
 def killed_owner(stage: Stage) -> str:
     """Processes, cgroups, mounts, containers, and what it put into its temporary directory."""
     name, nap, before = stage.backend.name, new_nap(), mounts()
+    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
-        environment = {**os.environ, "TMPDIR": home, "PYTHONPATH": str(Path(__file__).parents[2])}
+        environment = {**os.environ, "TMPDIR": home, "PYTHONPATH": os.pathsep.join(path)}
         command = [sys.executable, "-c", _WORKER, name, str(nap)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as owner:
             assert owner.stdout and owner.stderr

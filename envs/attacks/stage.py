@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,7 +170,8 @@ class Stage:
     def works(self, box: Sandbox, what: str = "the sandbox") -> None:
         """`Breach` unless `box` runs a command and can write."""
         token = secrets.token_hex(4)
-        result = box.run(f"command echo {token} >/tmp/w && command cat /tmp/w", timeout=QUICK)
+        file = f"/tmp/works-{token}"
+        result = box.run(f"command echo {token} >{file} && command cat {file} && command rm {file}", timeout=QUICK)
         if not result.ok or token not in result.text():
             raise Breach(f"{what} no longer works: {summary(result)}")
 
@@ -200,7 +201,8 @@ class Stage:
 
     def python(self, box: Sandbox, program: str, *args: object, timeout: float = QUICK) -> Result:
         """Run a Python program inside, with `PRELUDE` in front of it and `args` as `sys.argv[1:]`."""
-        path = f"/tmp/attack-{secrets.token_hex(4)}.py"
+        path = f"/tmp/attack-{secrets.token_hex(8)}.py"
+        self.after(partial(Path(path).unlink, missing_ok=True))  # where nothing is isolated, it is the host's
         box.write(path, (PRELUDE + program).encode())
         words = " ".join(f"'{arg}'" for arg in args)
         return box.run(f"command python3 -I {path} {words}", timeout=timeout)
