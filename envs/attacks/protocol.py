@@ -140,8 +140,11 @@ def crowd(stage: Stage) -> str:
             if index % 3 == 0:
                 closer = threading.Timer(chance.random() / 5, box.close)
                 closer.start()
+                closed = time.monotonic()
                 with contextlib.suppress(SandboxDead):
                     box.run(f"sleep {nap}", timeout=60)
+                if time.monotonic() - closed > QUICK:
+                    return f"{index} waited {time.monotonic() - closed:.0f} s for a command that close() ended"
                 closer.join()
             elif index % 3 == 1:
                 box.run(f"(setsid sleep {nap} &) >/dev/null 2>&1; kill -9 $$", timeout=60)
@@ -152,7 +155,7 @@ def crowd(stage: Stage) -> str:
 
     with ThreadPoolExecutor(workers) as pool:
         wrong = [said for said in pool.map(one, range(count)) if said]
-    check(not wrong, f"cross-talk: {'; '.join(wrong[:3])}")
+    check(not wrong, f"wrong: {'; '.join(wrong[:3])}")
     check(eventually(lambda: not naps(nap)), f"{len(naps(nap))} processes are left")
     left = [row for traces in seen for row in traces.left()]
     check(eventually(lambda: not any(traces.left() for traces in seen)), f"left: {', '.join(left[:5])}")

@@ -8,6 +8,7 @@ storage drivers): `disk_mb` is split 3/4, 1/8, 1/8 between them, so together the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import secrets
 import shutil
@@ -190,8 +191,11 @@ class DockerSandbox(BrokeredSandbox):
         self._group = cgroups.of_process(struct.unpack("3i", peer)[0])
 
     def _end(self) -> None:
-        self._channel.stream.close()
+        stream = self._channel.stream
+        with contextlib.suppress(OSError):
+            stream.shutdown(socket.SHUT_RDWR)
         _discard(self._container, self._home)
+        stream.close()  # last: a thread that waits for a command's end would go on to wait on whoever got the number next
 
     def _sibling(self, start: Start) -> Sandbox:
         return self._backend._launch(start, self.limits)
