@@ -69,6 +69,9 @@ class LeakySandbox:
         self._closed = True
         shutil.rmtree(self.root, ignore_errors=True)
 
+    def __del__(self) -> None:
+        self.close()
+
     def __enter__(self) -> LeakySandbox:
         return self
 
