@@ -1,4 +1,4 @@
-"""`python -m envs doctor|play`: what this host can isolate, and an environment played by hand."""
+"""`python -m envs doctor|play|attack`: what this host can isolate, an environment played by hand, sandboxes under attack."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ examples:
   python -m envs doctor --reap                free what killed runs left, a line each
   python -m envs play                         repair task 0 of tiny-repairs with your own hands
   python -m envs play codeworld/SWE-v0 --task 7 --split validation
+  python -m envs attack --backend native      every attack on this host's native sandboxes
+  python -m envs attack --backend docker --group isolation resources --json attack.json
+  python -m envs attack --case A4 B14
 In `play` an action ends with an empty line; `bash COMMAND` and `submit` are short for the tool calls.
 """
 
@@ -50,6 +53,19 @@ def parser() -> argparse.ArgumentParser:
         metavar="JSON",
         help='constructor arguments, e.g. \'{"backend": "docker"}\'',
     )
+    attack = commands.add_parser(
+        "attack",
+        help="put a sandbox backend through the attack suite",
+        description="Run the attack suite. Exit status 0: nothing breached; 1: something was; 2: bad use.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    attack.add_argument("--backend", default="auto", help="native, docker or auto (default: %(default)s)")
+    attack.add_argument(
+        "--group", nargs="+", metavar="G", help="isolation, resources, leakage or tools, several allowed (default: all)"
+    )
+    attack.add_argument("--case", nargs="+", metavar="ID", help="only these cases, e.g. A3 B14 (default: all)")
+    attack.add_argument("--json", metavar="F", help="write the outcomes to a file as well")
     return p
 
 
@@ -142,10 +158,42 @@ def reap(args: Any) -> int:
     return int(stuck > 0)
 
 
+def attack(args: Any) -> int:
+    """The attack suite's table, a line as each case ends; status 1 where something was breached."""
+    from envs.attacks import run_suite, select
+    from envs.sandbox import make_backend
+
+    cases = select(args.group, args.case)
+    backend = make_backend(args.backend)
+    width = max(len(case.title) for case in cases)
+    print(f"{'':4} {backend.name + ' sandboxes under attack':<{width}}  {'outcome':<9} {'s':>6}  detail")
+
+    def report(outcome: Any) -> None:
+        row = f"{outcome.case.id:<4} {outcome.case.title:<{width}}  {outcome.verdict:<9} {outcome.seconds:6.2f}  {outcome.why}"
+        print(row, flush=True)
+
+    try:
+        outcomes = run_suite(backend, args.group, ids=args.case, report=report)
+    finally:
+        backend.close()
+    counts = {verdict: sum(o.verdict == verdict for o in outcomes) for verdict in ("contained", "breached", "not run")}
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    print(
+        f"{len(outcomes)} cases on {backend.name} in {seconds:.1f} s: "
+        + ", ".join(f"{n} {v}" for v, n in counts.items())
+    )
+    if args.json:
+        from pathlib import Path
+
+        found = {"ok": not counts["breached"], "backend": backend.name, "cases": [o.to_json() for o in outcomes]}
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+    return int(counts["breached"] > 0)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     args = parser().parse_args(argv)
-    return {"doctor": doctor, "play": play}[args.command](args)
+    return {"doctor": doctor, "play": play, "attack": attack}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def load_tasks(directory: str | Path) -> list[Task]:
         where = f"{path} row {number}"
         try:
             raw = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON ({error}); remove or repair the row") from None
         task = replace(task_from_json(raw, where), blobs=blobs)
         if task.id in seen:

@@ -8,6 +8,7 @@ storage drivers): `disk_mb` is split 3/4, 1/8, 1/8 between them, so together the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import secrets
@@ -200,8 +201,11 @@ class DockerSandbox(BrokeredSandbox):
 
     def _end(self) -> None:
         os.close(self._disk)
-        self._channel.stream.close()
+        stream = self._channel.stream
+        with contextlib.suppress(OSError):
+            stream.shutdown(socket.SHUT_RDWR)
         _discard(self._container, self._home)
+        stream.close()  # last: a thread that waits for a command's end would go on to wait on whoever got the number next
 
     def changes(self) -> Changes:
         """What differs in the work directory from its origin."""

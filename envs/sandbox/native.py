@@ -357,7 +357,7 @@ def _limit_ops(limits: Limits, *, capped: bool) -> list[bytes]:
         resource.RLIMIT_RTPRIO: 0,
         resource.RLIMIT_NICE: 0,
     }
-    if not capped:
+    if not capped:  # where a cgroup caps them, it answers alone: it counts its refusals, which a resource limit doesn't
         values[resource.RLIMIT_AS] = limits.memory_mb << 20
         values[resource.RLIMIT_NPROC] = limits.pids + cgroups.OWN_PIDS
     return [_Op.RLIMIT(int(name), value) for name, value in values.items()]

@@ -18,6 +18,7 @@
 #include "helper.h"
 #include <dirent.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/resource.h>
 #include <sys/vfs.h>
 #include <time.h>
@@ -34,6 +35,7 @@ static int cmd = -1;
 static char cwd[4096], workdir[4096];
 static char **env;      /* of the first shell */
 static char *exports;   /* `export -p` after the last command, for the next shell */
+static uint32_t ticket; /* of the command that was sent last: its status bears it */
 static char *status_text;
 static size_t nstatus;
 static char *cap_buf;   /* output kept: the first half is the head, the second a ring */
@@ -44,10 +46,10 @@ static uint64_t total;
  * no process of the command inherits them; its own 0-2 are /dev/null, where what `set -x` says of the loop goes. */
 static const char LOOP[] = /* on one line: the shell's messages then number the lines of the command from 1 */
     "IFS= builtin read -r -d '' -u 197 __cw; builtin eval \"$__cw\"; "
-    "while IFS= builtin read -r -u 198 __cw_in; do "
+    "while IFS=' ' builtin read -r -u 198 __cw_ticket __cw_in; do "
     "IFS= builtin read -r -d '' -u 197 __cw; "
     "builtin eval \"$__cw\" <\"${__cw_in:-/dev/null}\" >&196 2>&196 196>&- 197<&- 198<&- 199>&-; "
-    "builtin printf '%s\\n' \"$?\" >&199; builtin export -p >&199; builtin printf '\\0' >&199; "
+    "builtin printf '%s %s\\n' \"$?\" \"$__cw_ticket\" >&199; builtin export -p >&199; builtin printf '\\0' >&199; "
     "done";
 
 static void keep(const char *p, size_t n) {
@@ -140,7 +142,8 @@ static int start_shell(void) {
     return pid < 0 ? -1 : 0;
 }
 
-/* 1 when the whole status came, -1 when the shell sends nonsense, else 0. */
+/* 1 when the whole "STATUS TICKET\nEXPORTS" came, -1 when it is nonsense or bears another command's ticket, else 0. What
+ * comes after it stays in status_text: it answers nothing (op_run). */
 static int read_status(int *exit_status) {
     for (;;) {
         ssize_t k = read(shell.status, status_text + nstatus, STATE_MAX - nstatus);
@@ -149,17 +152,25 @@ static int read_status(int *exit_status) {
         nstatus += (size_t)k;
         if (nstatus >= STATE_MAX) return -1;
     }
-    if (!nstatus || status_text[nstatus - 1]) return 0;
-    char *rest;
+    char *end = memchr(status_text, 0, nstatus), *rest, *last;
+    if (!end) return 0;
     long value = strtol(status_text, &rest, 10);
-    if (rest == status_text || *rest != '\n' || value < 0 || value > 255) return -1;
+    unsigned long given = strtoul(rest, &last, 10);
+    if (rest == status_text || last == rest || *last != '\n' || value < 0 || value > 255 || given != ticket) return -1;
     *exit_status = (int)value;
-    free(exports), exports = must(strdup(rest + 1)), nstatus = 0;
+    free(exports), exports = must(strdup(last + 1));
+    nstatus -= (size_t)(end + 1 - status_text), memmove(status_text, end + 1, nstatus);
     char link[64];
     snprintf(link, sizeof link, "/proc/%d/cwd", shell.pid);
     ssize_t n = readlink(link, cwd, sizeof cwd - 1);
     if (n > 0) cwd[n] = 0;
     return 1;
+}
+
+/* 1 when the shell said something that no command was waiting for: somebody else has hold of its pipes. */
+static int out_of_step(void) {
+    int left = 0;
+    return shell.pid > 0 && (nstatus || (!ioctl(shell.status, FIONREAD, &left) && left));
 }
 
 /* Hands the script to the shell; 0, or -1 when the shell can't take it (it is dead, or its pipe is). */
@@ -169,7 +180,8 @@ static int send_script(const char *script, size_t n, const char *input) {
     if (!at && lseek(cmd, 0, SEEK_SET)) return -1;
     shell.fresh = 0;
     if (pwrite(cmd, script, n, at) != (ssize_t)n || pwrite(cmd, "", 1, at + (off_t)n) != 1) return -1;
-    int k = snprintf(line, sizeof line, "%s\n", input);
+    if (getrandom(&ticket, sizeof ticket, 0) != sizeof ticket) return -1;
+    int k = snprintf(line, sizeof line, "%u %s\n", ticket, input);
     return write(shell.go, line, (size_t)k) == k ? 0 : -1;
 }
 
@@ -217,7 +229,7 @@ static int over(struct watch *w, int64_t now, int64_t cpu, int idle, uint32_t gu
 /* Waits for the command's end. how: 0 exit, 1 signal, 2 timeout, 3 silence; *again: the shell has to be started again. */
 static int await(const uint32_t clocks[3], int *value, int *again) { /* timeout_ms, silence_ms, guard */
     int64_t now = now_ms(), last = -1, at = now, beat = now, idle;
-    struct watch whole = {clocks[0], now, -1}, quiet = {clocks[1] ? clocks[1] : -1, now, -1};
+    struct watch whole = {clocks[0], now, -1}, quiet = {clocks[1] ? (int64_t)clocks[1] : -1, now, -1};
     int64_t least = clocks[1] && clocks[1] < clocks[0] ? clocks[1] : clocks[0];
     int64_t every = least / 20 < 200 ? 200 : least / 20 > 1000 ? 1000 : least / 20; /* between looks at CPU clocks */
     if (every > least / 2) every = least / 2; /* the second look is no later than the first limit */
@@ -296,6 +308,7 @@ static void op_run(const char *body, size_t n) {
     int how = 1, value = SIGKILL, again = lost, st;
     lost = 0;
     if (reap(&st)) drop_shell(), again = 1;
+    if (out_of_step()) kill_everything(), again = 1;
     for (int tries = 0; tries < 2; tries++) {
         if (shell.pid < 0 && start_shell() < 0) { kill_everything(), again = 1; continue; }
         if (!send_script(body + nin, nscript, input)) { how = await(clocks, &value, &again); break; }
