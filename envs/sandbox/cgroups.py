@@ -81,9 +81,7 @@ class Hierarchy:
         """Remove the cgroups of owners that are gone."""
         for parent in set(self.parents.values()):
             for path in parent.glob(f"{_PREFIX}*"):
-                owner = path.name.removeprefix(_PREFIX).rsplit("-", 1)[0]
-                pid, _, start = owner.partition("-")
-                if pid.isdigit() and start != _start_time(int(pid)):
+                if is_orphan(path.name):
                     _remove(path)
 
 
@@ -92,8 +90,14 @@ _ALWAYS = frozenset(("memory.max", "pids.max", "cpu.max", "memory.limit_in_bytes
 
 
 def owner_name() -> str:
-    """The prefix of the cgroups that this process owns: its pid and start time, which together are unique."""
+    """The prefix of the cgroups and stores that this process owns: its pid and start time, which together are unique."""
     return f"{_PREFIX}{os.getpid()}-{_start_time(os.getpid())}"
+
+
+def is_orphan(name: str) -> bool:
+    """Whether `name` begins with the `owner_name()` of a process that is gone."""
+    pid, _, start = name.removeprefix(_PREFIX).rsplit("-", 1)[0].partition("-")
+    return pid.isdigit() and start != _start_time(int(pid))
 
 
 def discover(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> Hierarchy | None:
