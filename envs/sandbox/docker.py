@@ -12,6 +12,7 @@ that holds something in the work directory is refused.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import secrets
@@ -44,6 +45,8 @@ LABEL = "codeworld.run"
 START_TIMEOUT = 60.0
 
 _INSIDE = "/run/codeworld"
+Contained = tuple[Channel, int, cgroups.Group | None, Callable[[], None]]
+"""A container: its control stream, its work directory, opened, its cgroup, what ends it."""
 _RESERVED = ("/proc", "/dev", "/sys", "/etc", "/run")
 """Where the engine and the broker have their own in an image's root."""
 
@@ -112,13 +115,13 @@ class DockerBackend(StackedBackend):
         under = mount_store(number, start.workdir, limits, world, UID)
         try:
             options["mounts"] = [_bind(str(path), place) for path, place in under.binds.items()]
-            channel, seen, container = self._contain(under.socket, start, options)
+            channel, seen, group, stop = self._contain(under.socket, start, options)
             os.close(seen)
         except BaseException:
             under.close()
             raise
         under.hide()
-        return Live(channel, under.root, under.origin, under.store, world, "", *_handles(channel, container))
+        return Live(channel, under.root, under.origin, under.store, world, "", group, stop)
 
     def _start_copied(self, number: int, start: Start, limits: Limits, world: World, options: dict[str, Any]) -> Live:
         disk, inodes = limits.disk_mb << 20, max(4096, limits.disk_mb * 256)
@@ -129,14 +132,14 @@ class DockerBackend(StackedBackend):
         store = Store(number, functools.partial(shutil.rmtree, home, ignore_errors=True))
         try:
             home.chmod(0o711)
-            channel, root, container = self._contain(home, start, options)
+            channel, root, group, stop = self._contain(home, start, options)
         except BaseException:
             store.drop()
             raise
-        return Live(channel, root, None, store, world, "", *_handles(channel, container))
+        return Live(channel, root, None, store, world, "", group, stop)
 
-    def _contain(self, home: Path, start: Start, options: dict[str, Any]) -> tuple[Channel, int, Any]:
-        """Start a container whose control stream is a socket in `home`; also returns its work directory, opened."""
+    def _contain(self, home: Path, start: Start, options: dict[str, Any]) -> Contained:
+        """Start a container whose control stream is a socket in `home`."""
         client, container = self._connected(), None
         options["volumes"] = [*options["volumes"], f"{home}:{_INSIDE}/socket:ro"]
         control = home / "control"
@@ -149,10 +152,10 @@ class DockerBackend(StackedBackend):
                 channel = Channel(_accept(listener, container))
             control.unlink()
             (seen,) = channel.ready(START_TIMEOUT)
+            return channel, seen, _group(channel.stream), functools.partial(_end, channel.stream, container)
         except BaseException as error:
             _discard(container)
             raise _explain(error) from error
-        return channel, seen, container
 
     def _base(self, name: str) -> tuple[str, Base]:
         """The engine's id of an image, and the same as a base."""
@@ -233,28 +236,31 @@ def _bind(source: str, target: str) -> Any:
     return docker.types.Mount(target, source, type="bind")  # unlike `volumes`, it makes no missing source
 
 
-def _handles(channel: Channel, container: Any) -> tuple[cgroups.Group | None, Callable[[], None]]:
-    """A container's cgroup, and what ends it."""
-    peer = channel.stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+def _group(stream: socket.socket) -> cgroups.Group | None:
+    """The cgroup of a container by its control stream."""
+    peer = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return cgroups.of_process(struct.unpack("3i", peer)[0])
 
-    def stop() -> None:
-        channel.stream.close()
-        _discard(container)
 
-    return cgroups.of_process(struct.unpack("3i", peer)[0]), stop
+def _end(stream: socket.socket, container: Any) -> None:
+    stream.close()
+    _discard(container)
 
 
 def _image(client: Any, name: str, base: Base) -> str:
     """The id of the engine's image that has the layers of `base`."""
-    images = client.images.list() if is_archive(name) else [client.images.get(name)]
-    for image in images:
-        if layer_names(image) == base.layers[1:]:
-            return str(image.id)
+    import docker
+
+    for known in [entry["Id"] for entry in client.api.images()] if is_archive(name) else [name]:
+        with contextlib.suppress(docker.errors.ImageNotFound):  # removed meanwhile
+            image = client.images.get(known)
+            if layer_names(image) == base.layers[1:]:
+                return str(image.id)
     if not is_archive(name):
         raise Unsupported(f"base={name!r}: the name has been given to another image meanwhile; start again")
     raise Unsupported(
-        f"base={name!r}: the engine has no image of these layers; docker load -i {name} (of a plain root file system:"
-        f" docker import {name} NAME), or use the native backend"
+        f"base={name!r}: the engine has no image of these layers; docker load -i {name} (a plain root file system: docker"
+        f" import {name} NAME, and base='NAME'), or use the native backend"
     )
 
 

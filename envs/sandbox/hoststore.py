@@ -62,10 +62,10 @@ def mount_store(number: int, workdir: str, limits: Limits, world: World, uid: in
     path = _path(number)
     store = Store(number, functools.partial(_free, path))
     places = (workdir, "/tmp", "/dev/shm")
-    lists, origin = [], ""
+    lists, origin, image = [], "", world.base.image
     for index, place in enumerate(places):
         frozen = [f"../{_path(below.number).name}/u/{index}" for below in world.frozen]
-        base = [f"b/{layer}{_escaped(place)}" for layer in layers_at(world.base, place)]
+        base = [f"b/{layer}{_escaped(place)}" for layer in layers_at(world.base, place)] if image else []
         lists.append(":".join((*frozen, *base, "empty")))
         if base and not index:
             origin = ":".join((*base, "empty"))
@@ -74,7 +74,8 @@ def mount_store(number: int, workdir: str, limits: Limits, world: World, uid: in
     try:
         with mine:
             with theirs:
-                _helper("store", fd, path.name, uid, options, layers_dir(), origin, *lists, keep=(fd,))
+                base_dir = layers_dir() if image else ""
+                _helper("store", fd, path.name, uid, options, base_dir, origin, *lists, keep=(fd,))
             *first, store.upper, root = Channel(mine).ready(TIMEOUT)
     except BaseException as error:
         store.drop()

@@ -383,10 +383,11 @@ static int container(const char *path, const char *dir) {
 static int host_store(char *name, const char *options, const char *base, const char *origin, char **lists) {
     char path[64];
     umask(022), store = ".";
-    if (make_store(name, options) || chdir(name) || mkdir("m", 0700) || mkdir("empty", 0755) || mkdir("socket", 0711))
+    if (make_store(name, options) || chdir(name) || chmod(".", 0700) || mkdir("m", 0755) || mkdir("empty", 0755)
+        || mkdir("socket", 0711))
         die("store", name);
-    if ((userns = make_userns(0)) < 0) die("user namespace", "");
-    attach_base(base);
+    if (*base && (userns = make_userns(0)) < 0) die("user namespace", "");
+    if (*base) attach_base(base);
     if (*origin) show_origin(origin, "m");
     for (int i = 0; lists[i]; i++) {
         for (const char *part = "mwu"; *part; part++)
@@ -396,7 +397,7 @@ static int host_store(char *name, const char *options, const char *base, const c
         *path = 'm', mount_overlay(lists[i], path + 1, path);
     }
     show("m/0");
-    if (umount2("b", MNT_DETACH)) die("umount", "b"); /* the overlays hold what they need of it */
+    if (*base && umount2("b", MNT_DETACH)) die("umount", "b"); /* the overlays hold what they need of it */
     ready();
     return 0;
 }
