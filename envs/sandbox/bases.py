@@ -89,7 +89,10 @@ def layers_at(base: Base, path: str) -> list[str]:
             if not stat.S_ISDIR(info.st_mode):
                 if depth <= known or (stat.S_ISCHR(info.st_mode) and info.st_rdev == 0):
                     return found  # hidden by a directory above, or a whiteout
-                raise Unsupported(f"workdir={path!r}: {at.name!r} is a link or a file in the image; name a directory")
+                raise Unsupported(
+                    f"{path!r}: {at.name!r} is a link or a file in the image; the work directory, /tmp and volumes must be"
+                    " directories"
+                )
             known = max(known, depth)
             last = last or is_opaque(at)
         else:

@@ -23,13 +23,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from envs.errors import InfraError, Unsupported
 from envs.sandbox import cgroups
-from envs.sandbox.base import Changes, Limits, Snapshot
+from envs.sandbox.base import Changes, Limits, Sandbox, Snapshot
 from envs.sandbox.bases import Base, find_base, is_archive, layer_names, layers_at
 from envs.sandbox.brokered import Files, Start, start_from
 from envs.sandbox.channel import Channel, SetupError
@@ -44,7 +45,17 @@ UID = 1_499_999_999
 LABEL = "codeworld.run"
 START_TIMEOUT = 60.0
 
+_AT_ONCE = 8
 _INSIDE = "/run/codeworld"
+
+
+class _Image(NamedTuple):
+    id: str
+    base: Base
+    volumes: tuple[str, ...]
+    """Where the engine would mount a volume, which nothing caps, if nothing else were mounted there."""
+
+
 Contained = tuple[Channel, int, cgroups.Group | None, Callable[[], None]]
 """A container: its control stream, its work directory, opened, its cgroup, what ends it."""
 _RESERVED = ("/proc", "/dev", "/sys", "/etc", "/run")
@@ -53,6 +64,18 @@ _RESERVED = ("/proc", "/dev", "/sys", "/etc", "/run")
 
 class DockerSandbox(StackedSandbox):
     """One container."""
+
+    def fork(self, n: int) -> list[Sandbox]:
+        """`n` sandboxes that start from here, at once: an engine takes its time, but not for one after the other."""
+        with self.snapshot() as frozen, ThreadPoolExecutor(_AT_ONCE) as pool:
+            starts = [pool.submit(frozen.start) for _ in range(n)]
+            failures = [error for start in starts if (error := start.exception())]
+            children = [start.result() for start in starts if not start.exception()]
+        if failures:
+            for child in children:
+                child.close()
+            raise failures[0]
+        return children
 
 
 class CopiedSandbox(DockerSandbox):
@@ -82,7 +105,7 @@ class DockerBackend(StackedBackend):
         self.kind = CopiedSandbox if unprivileged() else DockerSandbox
         self._lock = threading.Lock()
         self._client: Any = None
-        self._bases: dict[str, tuple[str, Base]] = {}
+        self._images: dict[str, _Image] = {}
 
     def create(
         self, *, base: str = "host", workdir: str = "/repo", files: Files | None = None, limits: Limits | None = None
@@ -91,13 +114,18 @@ class DockerBackend(StackedBackend):
         limits = limits or Limits()
         start = start_from(base, workdir, files, limits)
         check_workdir(workdir, image=base != "host", reserved=_RESERVED)
-        _, found = self._base(base)
-        if self.kind is CopiedSandbox and found.image and layers_at(found, workdir):
+        found = self._image(base)
+        if self.kind is CopiedSandbox and found.base.image and (layers_at(found.base, workdir) or found.volumes):
             raise Unsupported(
-                f"workdir={workdir!r}: base={base!r} has files there, which only root can put below a container's own;"
-                " start as root, use the native backend, or use another work directory"
+                f"workdir={workdir!r}: base={base!r} has files there, or volumes, which only root can mount as a sandbox"
+                " needs them; start as root, use the native backend, or use another work directory"
             )
-        return self.launch(start, limits, World(found, next(NUMBERS)))
+        if inner := [path for path in found.volumes if path.startswith(f"{workdir}/")]:
+            raise Unsupported(
+                f"base={base!r}: it declares a volume inside the work directory, {inner[0]}, which hides it from changes();"
+                " make an image without, or use the native backend"
+            )
+        return self.launch(start, limits, World(found.base, next(NUMBERS)))
 
     def close(self) -> None:
         """Close every sandbox and the connection to the engine."""
@@ -112,7 +140,8 @@ class DockerBackend(StackedBackend):
         number, options = next(NUMBERS), self._options(start, limits)
         if self.kind is CopiedSandbox:
             return self._start_copied(number, start, limits, world, options)
-        under = mount_store(number, start.workdir, limits, world, UID)
+        places = dict.fromkeys((start.workdir, "/tmp", "/dev/shm", *self._image(start.base).volumes))
+        under = mount_store(number, tuple(places), limits, world, UID)
         try:
             options["mounts"] = [_bind(str(path), place) for path, place in under.binds.items()]
             channel, seen, group, stop = self._contain(under.socket, start, options)
@@ -157,16 +186,17 @@ class DockerBackend(StackedBackend):
             _discard(container)
             raise _explain(error) from error
 
-    def _base(self, name: str) -> tuple[str, Base]:
-        """The engine's id of an image, and the same as a base."""
+    def _image(self, name: str) -> _Image:
+        """The engine's image for a base, as it was when it was first asked for."""
         client = self._connected()
         with self._lock:
-            if name not in self._bases:
-                found = find_base(name)
-                env = {**found.env, **environment(), "PATH": found.env["PATH"]}
-                image = _image(client, name, found) if found.image else _host_image(client)
-                self._bases[name] = image, replace(found, env=env)
-            return self._bases[name]
+            if name not in self._images:
+                base = find_base(name)
+                image = _engine_image(client, name, base) if base.image else _host_image(client)
+                base = replace(base, env={**base.env, **environment(), "PATH": base.env["PATH"]})
+                volumes = tuple(map(os.path.normpath, (image.attrs["Config"] or {}).get("Volumes") or ()))
+                self._images[name] = _Image(image.id, base, volumes)
+            return self._images[name]
 
     def _connected(self) -> Any:
         with self._lock:
@@ -203,7 +233,7 @@ class DockerBackend(StackedBackend):
         disk, memory = limits.disk_mb << 20, limits.memory_mb << 20
         limit = docker.types.Ulimit
         return {
-            "image": self._base(start.base)[0],
+            "image": self._image(start.base).id,
             "entrypoint": [f"{_INSIDE}/helper"],
             "command": ["broker", f"{_INSIDE}/socket/control", start.workdir],
             "user": f"{UID}:{UID}",
@@ -247,15 +277,15 @@ def _end(stream: socket.socket, container: Any) -> None:
     _discard(container)
 
 
-def _image(client: Any, name: str, base: Base) -> str:
-    """The id of the engine's image that has the layers of `base`."""
+def _engine_image(client: Any, name: str, base: Base) -> Any:
+    """The engine's image that has the layers of `base`."""
     import docker
 
     for known in [entry["Id"] for entry in client.api.images()] if is_archive(name) else [name]:
         with contextlib.suppress(docker.errors.ImageNotFound):  # removed meanwhile
             image = client.images.get(known)
             if layer_names(image) == base.layers[1:]:
-                return str(image.id)
+                return image
     if not is_archive(name):
         raise Unsupported(f"base={name!r}: the name has been given to another image meanwhile; start again")
     raise Unsupported(
@@ -264,16 +294,16 @@ def _image(client: Any, name: str, base: Base) -> str:
     )
 
 
-def _host_image(client: Any) -> str:
+def _host_image(client: Any) -> Any:
     """The skeleton that the host's own files are mounted over; imported at first use, a few kilobytes."""
     import docker
 
     try:
-        return str(client.images.get(skeleton_name()).id)
+        return client.images.get(skeleton_name())
     except docker.errors.ImageNotFound:
         name, _, tag = skeleton_name().partition(":")
         client.api.import_image_from_data(skeleton(UID), repository=name, tag=tag)
-        return str(client.images.get(skeleton_name()).id)
+        return client.images.get(skeleton_name())
 
 
 def _run(client: Any, options: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,12 +57,14 @@ class HostStore:
         self.store.drop()
 
 
-def mount_store(number: int, workdir: str, limits: Limits, world: World, uid: int) -> HostStore:
-    """Mount a new store, whose files belong to `uid`. Raises `Unsupported` where this process may not mount."""
+def mount_store(number: int, places: Sequence[str], limits: Limits, world: World, uid: int) -> HostStore:
+    """Mount a new store for `places`, the work directory first, whose files belong to `uid`.
+
+    Raises `Unsupported` where this process may not mount, or the base holds a link or a file at one of them.
+    """
     ROOT.mkdir(mode=0o700, exist_ok=True)
     path = _path(number)
     store = Store(number, functools.partial(_free, path))
-    places = (workdir, "/tmp", "/dev/shm")
     lists, origin, image = [], "", world.base.image
     for index, place in enumerate(places):
         frozen = [f"../{_path(below.number).name}/u/{index}" for below in world.frozen]

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from envs.errors import InfraError, Unsupported
-from envs.sandbox import Backend, FileChange, Sandbox, cgroups, hoststore
+from envs.sandbox import Backend, FileChange, Limits, Sandbox, cgroups, hoststore
 from envs.sandbox import docker as docker_backend
 from envs.sandbox.bases import find_base, layers_at, layers_dir
 from envs.sandbox.docker import UID, DockerBackend
@@ -337,8 +339,51 @@ def test_layers_are_found_without_following_links(backend: Backend, tmp_path: Pa
     }.items():
         assert layers_at(found, path) == layers, path
     for path in ("/repo", "/repo/x", "/data/repo/x", "/bin/bash/x"):
-        with pytest.raises(Unsupported, match=rf"^workdir='{path}': [^\n]*$"):
+        with pytest.raises(Unsupported, match=rf"^'{path}': [^\n]*$"):
             layers_at(found, path)
+
+
+@DOCKER
+@pytest.mark.root
+def test_volumes_of_an_image_are_capped_too(backend: Backend, given: Callable[[Path], str], tmp_path: Path) -> None:
+    layers = [*LAYERS, tar({"data/x": b"old\n"})]
+    base = given(docker_archive(tmp_path / "saved.tar", layers, volumes=("/data/", "/tmp", "/new")))
+    with backend.create(base=base, limits=Limits(disk_mb=4)) as box:
+        assert sh(box, "cat /data/x; echo new >/data/x; echo n >/new/n; cat /data/x /new/n") == "old\nnew\nn\n"
+        result = box.run("cat /dev/zero >/data/big", timeout=30)
+        assert (result.cause, dict(box.changes())) == ("disk", {})
+        sh(box, "rm /data/big")
+        (child,) = box.fork(1)
+        with child:
+            assert sh(child, "cat /data/x /new/n") == "new\nn\n"
+    inside = given(docker_archive(tmp_path / "inside.tar", LAYERS, volumes=("/repo/pkg",)))
+    with pytest.raises(Unsupported, match=r"^base='[^\n]*volume[^\n]*/repo/pkg[^\n]*$"):
+        backend.create(base=inside)
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """An engine on another host, as far as a client asks before it does anything."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b'{"ApiVersion": "1.41"}' if self.path.endswith("/version") else b"OK")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.docker
+def test_an_engine_elsewhere_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server, ThreadPoolExecutor(1) as pool:
+        pool.submit(server.serve_forever, 0.05)
+        monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{server.server_port}")
+        try:
+            with pytest.raises(Unsupported, match=r"^docker: [^\n]*another host[^\n]*$"):
+                DockerBackend().create()
+        finally:
+            server.shutdown()
 
 
 @DOCKER
