@@ -66,10 +66,11 @@ class DockerSandbox(StackedSandbox):
     """One container."""
 
     def fork(self, n: int) -> list[Sandbox]:
-        """`n` sandboxes that start from here, at once: an engine takes its time, but not for one after the other."""
-        with self.snapshot() as frozen, ThreadPoolExecutor(_AT_ONCE) as pool:
-            starts = [pool.submit(frozen.start) for _ in range(n)]
-            failures = [error for start in starts if (error := start.exception())]
+        """`n` sandboxes that start from here, all at once, as each is a wait for the engine."""
+        frozen, go_on = self._freeze()
+        with frozen, ThreadPoolExecutor(_AT_ONCE) as pool:
+            resumed, starts = pool.submit(go_on), [pool.submit(frozen.start) for _ in range(n)]
+            failures = [error for error in (resumed.exception(), *(start.exception() for start in starts)) if error]
             children = [start.result() for start in starts if not start.exception()]
         if failures:
             for child in children:
@@ -86,12 +87,13 @@ class CopiedSandbox(DockerSandbox):
         self._check_open()
         return diff(self._start.origin, read_tree(self._live.root, self.limits.disk_mb << 20))
 
-    def snapshot(self) -> Snapshot:
-        """A copy of the work directory's files, and the shell's state."""
+    def _freeze(self) -> tuple[Snapshot, Callable[[], None]]:
+        """A copy of the work directory's files, and the shell's state; this sandbox goes on all the time."""
         self._check_open()
         files, exports = read_tree(self._live.root, self.limits.disk_mb << 20), self._exports()
         start, world = replace(self._start, files=files, cwd=self._cwd, exports=exports), self._live.world
-        return Snapshot(self._cwd, exports, lambda: self._backend.launch(start, self.limits, world), lambda: None)
+        launch = functools.partial(self._backend.launch, start, self.limits, world)
+        return Snapshot(self._cwd, exports, launch, lambda: None), lambda: None
 
 
 class DockerBackend(StackedBackend):

@@ -6,6 +6,7 @@ looks only at what was touched. How the layers are mounted and the processes sta
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
@@ -118,20 +119,33 @@ class StackedSandbox(BrokeredSandbox):
 
     def snapshot(self) -> Snapshot:
         """The file system and the shell's state. Every process of this sandbox ends for it."""
+        frozen, go_on = self._freeze()
+        try:
+            go_on()
+        except BaseException:
+            frozen.close()
+            raise
+        return frozen
+
+    def _freeze(self) -> tuple[Snapshot, Callable[[], None]]:
+        """End every process; also returns what lets this sandbox go on from the snapshot."""
         self._check_open()
         exports, live = self._exports(), self._live
         start = replace(self._start, files={}, cwd=self._cwd, exports=exports)
         world = replace(live.world, frozen=(live.store, *live.world.frozen))
         world.hold()  # for the snapshot
         live.end()
-        try:
-            self._adopt(self._backend.start(start, self.limits, world))
-            self.boot(world.base.env, start)
-        except BaseException:
-            self.close()
-            world.drop()
-            raise
-        return Snapshot(self._cwd, exports, lambda: self._backend.launch(start, self.limits, world), world.drop)
+
+        def go_on() -> None:
+            try:
+                self._adopt(self._backend.start(start, self.limits, world))
+                self.boot(world.base.env, start)
+            except BaseException:
+                self.close()
+                raise
+
+        launch = functools.partial(self._backend.launch, start, self.limits, world)
+        return Snapshot(self._cwd, exports, launch, world.drop), go_on
 
     def _adopt(self, live: Live) -> None:
         """Go on as another sandbox."""
