@@ -119,6 +119,6 @@ def _explain(error: SetupError) -> Exception:
     if error.errno not in (1, 22, 38):  # EPERM, EINVAL, ENOSYS
         return InfraError(f"docker sandbox: {error}")
     return Unsupported(
-        f"docker sandbox: {error}; root here may not mount (a container without CAP_SYS_ADMIN?, a kernel before 5.19?):"
-        " start on the engine's host, or use the native backend"
+        f"docker sandbox: {error}; root here may not mount (a container without CAP_SYS_ADMIN?), or can't map owners (a"
+        " kernel before 5.19?, a cache on a network file system?): start on the engine's host, or use the native backend"
     )

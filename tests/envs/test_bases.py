@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -403,10 +404,22 @@ def test_a_containers_mounts_are_freed(
             patch.setattr(docker_backend, name, lambda *_: (_ for _ in ()).throw(OSError("boom")))
             backend.create(base=image)
         assert not mounted() and not docker_backend.leftovers(backend.run), name  # type: ignore[attr-defined]
-    with pytest.raises(InfraError, match=r"^[^\n]*number of inodes|^[^\n]*overlay[^\n]*$"):
-        monkeypatch.setattr(hoststore, "layers_at", lambda *_: ["no-such-layer"])
+    with monkeypatch.context() as patch, pytest.raises(InfraError, match=r"^[^\n]*overlay[^\n]*$"):
+        patch.setattr(hoststore, "layers_at", lambda *_: ["no-such-layer"])
         backend.create(base=image)
     assert not mounted()
+    box, start, calls = backend.create(base=image), backend.start, itertools.count()  # type: ignore[attr-defined]
+
+    def second_fails(*args: object) -> object:
+        if next(calls) == 1:
+            raise InfraError("boom")
+        return start(*args)
+
+    monkeypatch.setattr(backend, "start", second_fails)
+    with pytest.raises(InfraError, match="boom"):
+        box.fork(3)
+    box.close()
+    assert not mounted() and not docker_backend.leftovers(backend.run)  # type: ignore[attr-defined]
 
 
 @pytest.mark.docker

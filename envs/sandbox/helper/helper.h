@@ -50,6 +50,15 @@ void ready(void);
 __attribute__((noreturn)) void die(const char *what, const char *arg);
 int put(const char *path, const char *text);      /* writes a short text to an existing file; -1 with errno */
 
+/* launch.c */
+int zygote(int from, const char *dir, const char *user);
+int host_store(char *name, uid_t owner, const char *options, const char *base, const char *origin, char **lists);
+void free_store(const char *name);
+
+/* main.c */
+extern char *title;     /* what its command line is read from, so that it can be changed */
+extern size_t title_room;
+
 /* filter.c */
 void filter(int no_rlimit_escape);
 

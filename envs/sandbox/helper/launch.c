@@ -5,7 +5,6 @@
 #include <net/if.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
-#include <sys/un.h>
 #include <sys/xattr.h>
 
 #define STAGE "/sys" /* the new root is mounted over it: a place that is never the source of a bind */
@@ -187,9 +186,6 @@ static void drop_privileges(void) {
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) || prctl(PR_SET_DUMPABLE, 0)) die("prctl", "");
 }
 
-static char *title;
-static size_t title_room;
-
 /* The new sandbox, as PID 1 of its namespaces, from the host's root file system to the broker's loop. */
 static void become_sandbox(char *ops, char *end) {
     struct op op;
@@ -275,7 +271,7 @@ static int make_store(const char *name, const char *options) {
     return 0;
 }
 
-static void free_store(const char *name) {
+void free_store(const char *name) {
     umount2(name, MNT_DETACH);
     rmdir(name);
 }
@@ -342,7 +338,7 @@ static void receive(int from) {
     _exit(0);
 }
 
-static int zygote(int from, const char *dir, const char *user) {
+int zygote(int from, const char *dir, const char *user) {
     sigset_t chld;
     struct rlimit files;
     sigemptyset(&chld), sigaddset(&chld, SIGCHLD);
@@ -365,24 +361,11 @@ static int zygote(int from, const char *dir, const char *user) {
     }
 }
 
-static int container(const char *path, const char *dir) {
-    struct sockaddr_un to = {.sun_family = AF_UNIX};
-    if (strlen(path) >= sizeof to.sun_path) return 2;
-    strcpy(to.sun_path, path);
-    ctl = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (ctl < 0 || connect(ctl, (struct sockaddr *)&to, sizeof to)) return 75;
-    prepare_broker(dir, dir);
-    if (prctl(PR_SET_DUMPABLE, 0)) die("prctl", "");
-    filter(0);
-    broker();
-    return 0;
-}
-
 /* A store that a container engine sees too. In it, for each list of layers (their names relative to the store): an upper
  * directory u/I and the overlay m/I. The owner is shown the first list's: its origin, if there is one, u/0 and m/0. */
-static int host_store(char *name, const char *options, const char *base, const char *origin, char **lists) {
+int host_store(char *name, uid_t owner, const char *options, const char *base, const char *origin, char **lists) {
     char path[64];
-    umask(022), store = ".";
+    umask(022), store = ".", uid = owner;
     if (make_store(name, options) || chdir(name) || chmod(".", 0700) || mkdir("m", 0755) || mkdir("empty", 0755)
         || mkdir("socket", 0711))
         die("store", name);
@@ -400,20 +383,4 @@ static int host_store(char *name, const char *options, const char *base, const c
     if (*base && umount2("b", MNT_DETACH)) die("umount", "b"); /* the overlays hold what they need of it */
     ready();
     return 0;
-}
-
-int main(int argc, char **argv) {
-    title = argv[0], title_room = (size_t)(argv[argc - 1] + strlen(argv[argc - 1]) - title);
-    if (argc == 5 && !strcmp(argv[1], "zygote")) return zygote(atoi(argv[2]), argv[3], argv[4]);
-    if (argc == 4 && !strcmp(argv[1], "broker")) return container(argv[2], argv[3]);
-    if (argc > 8 && !strcmp(argv[1], "store")) {
-        ctl = atoi(argv[2]), uid = (uid_t)strtoul(argv[4], NULL, 10);
-        return host_store(argv[3], argv[5], argv[6], argv[7], argv + 8);
-    }
-    if (argc > 2 && !strcmp(argv[1], "free")) {
-        for (int i = 2; i < argc; i++) free_store(argv[i]);
-        return 0;
-    }
-    fputs("usage: helper zygote|broker|store|free ... (see helper.h)\n", stderr);
-    return 2;
 }
