@@ -16,6 +16,7 @@ import lzma
 import os
 import platform
 import re
+import stat
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from envs.errors import Unsupported
 from envs.sandbox.helper import cache_dir
 from envs.sandbox.hostbase import environment, skeleton
 from envs.sandbox.unpack import remove_tree, unpack
+from envs.sandbox.walk import is_opaque
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NAME = 24
@@ -61,10 +63,43 @@ def find_base(name: str) -> Base:
     """
     if name == "host":
         return _host()
-    path = Path(name)
-    if path.exists() or name.startswith((".", "/")):
-        return _archive(path)
-    return _docker_image(name)
+    return _archive(Path(name)) if is_archive(name) else _docker_image(name)
+
+
+def is_archive(name: str) -> bool:
+    """Whether `name` is a path rather than the name of a Docker image."""
+    return name.startswith((".", "/")) or Path(name).exists()
+
+
+def layers_at(base: Base, path: str) -> list[str]:
+    """The layers that show at the directory `path`, the topmost first.
+
+    Raises `Unsupported` where the base has no directory there but a file or a link, or one on the way.
+    """
+    found: list[str] = []
+    known = 0  # how many parts of the path are directories already
+    for layer in base.layers:
+        at, last = layers_dir() / layer, False
+        for depth, part in enumerate(Path(path).parts[1:], 1):
+            at /= part
+            try:
+                info = at.lstat()
+            except FileNotFoundError:
+                break
+            if not stat.S_ISDIR(info.st_mode):
+                if depth <= known or (stat.S_ISCHR(info.st_mode) and info.st_rdev == 0):
+                    return found  # hidden by a directory above, or a whiteout
+                raise Unsupported(
+                    f"{path!r}: {at.name!r} is a link or a file in the image; the work directory, /tmp and volumes must be"
+                    " directories"
+                )
+            known = max(known, depth)
+            last = last or is_opaque(at)
+        else:
+            found.append(layer)
+        if last:
+            break
+    return found
 
 
 @functools.cache
@@ -132,17 +167,23 @@ def _docker_image(name: str) -> Base:
             raise Unsupported(
                 f"{what}: no such image here and no such file; docker pull {name}, or see docker/README.md"
             ) from None
-        digests = [item.partition(":")[2] for item in found.attrs["RootFS"].get("Layers") or ()]
-        if not all((layers_dir() / digest[:_NAME]).is_dir() for digest in digests):
+        names = layer_names(found)
+        if not all((layers_dir() / name).is_dir() for name in names):
             with tempfile.TemporaryFile(dir=cache_dir()) as file:
                 for chunk in found.save():
                     file.write(chunk)
                 file.seek(0)
                 with tarfile.open(fileobj=file) as tar:
                     return _image(_Archive(tar), what)
-        return _checked(tuple(d[:_NAME] for d in reversed(digests)), _env(found.attrs["Config"]), what)
+        return _checked(names, _env(found.attrs["Config"]), what)
     finally:
         client.close()
+
+
+def layer_names(image: Any) -> tuple[str, ...]:
+    """The names that the layers of an engine's image have here, the topmost first."""
+    digests = image.attrs["RootFS"].get("Layers") or ()
+    return tuple(digest.partition(":")[2][:_NAME] for digest in reversed(digests))
 
 
 def _checked(layers: tuple[str, ...], env: Mapping[str, str], what: str) -> Base:

@@ -1,15 +1,19 @@
 """Sandboxes as Docker containers: the engine starts and ends them, the broker inside answers over one unix stream.
 
 No command goes through the engine, so a command costs what it costs in a native sandbox; a start costs what the engine
-takes (hundreds of milliseconds). The engine must run on this host: the helper and the stream's socket are bind-mounted.
-The work directory, `/tmp` and `/dev/shm` are tmpfs mounts of their own (a container's root gives no disk limit on most
-storage drivers): `disk_mb` is split 3/4, 1/8, 1/8 between them, so together they hold what the limit says.
+takes (hundreds of milliseconds). The engine must run on this host. A container's root is read-only; its work directory,
+`/tmp` and `/dev/shm` are overlays over what the image holds there, which write to one size-capped tmpfs of the host (see
+`hoststore`), so `changes()` and `fork` are those of the native backend.
+
+Only root can mount that. Started by an ordinary user (of the group docker), the three are the engine's own tmpfs mounts,
+`disk_mb` split 3/4, 1/8, 1/8 between them; `changes()` reads the whole work directory, a fork copies it, and an image
+that holds something in the work directory is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 import os
 import secrets
 import shutil
@@ -18,88 +22,188 @@ import struct
 import tempfile
 import threading
 import time
-import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from envs.errors import InfraError, Unsupported
 from envs.sandbox import cgroups, reaper
-from envs.sandbox.base import Changes, FileChange, Limits, Snapshot
-from envs.sandbox.brokered import BrokeredSandbox, Files, Start, start_from
+from envs.sandbox.base import Changes, Limits, Sandbox, Snapshot
+from envs.sandbox.bases import Base, find_base, is_archive, layer_names, layers_at
+from envs.sandbox.brokered import Files, Start, start_from
 from envs.sandbox.channel import Channel, SetupError
-from envs.sandbox.helper import helper_path
-from envs.sandbox.hostbase import bind_paths, check_workdir, environment, skeleton, skeleton_name
+from envs.sandbox.helper import helper_path, unprivileged
+from envs.sandbox.hostbase import bind_paths, check_workdir, environment, etc_files, skeleton, skeleton_name
+from envs.sandbox.hoststore import mount_store
 from envs.sandbox.owner import current
+from envs.sandbox.stacked import NUMBERS, Live, StackedBackend, StackedSandbox, Store, World, host_uid
 from envs.sandbox.walk import diff, read_tree
 
 UID = 1_499_999_999
-"""Every container's user: below the native backend's range, no user of any host."""
+"""The user of containers that an ordinary user starts; root gives each one of its own."""
 LABEL = "codeworld.run"
 START_TIMEOUT = 60.0
 
+_AT_ONCE = 8
 _INSIDE = "/run/codeworld"
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-class DockerBackend:
-    """Makes sandboxes as containers. Thread-safe. base: "host", or the name of a local image with bash."""
+class _Image(NamedTuple):
+    id: str
+    base: Base
+    volumes: tuple[str, ...]
+    """Where the engine would mount a volume, which nothing caps, if nothing else were mounted there."""
+
+
+Contained = tuple[Channel, int, cgroups.Group | None, Callable[[], None]]
+"""A container: its control stream, its work directory, opened, its cgroup, what ends it."""
+_RESERVED = ("/proc", "/dev", "/sys", "/etc", "/run")
+"""Where the engine and the broker have their own in an image's root."""
+
+
+class DockerSandbox(StackedSandbox):
+    """One container."""
+
+    def fork(self, n: int) -> list[Sandbox]:
+        """`n` sandboxes that start from here, all at once, as each is a wait for the engine."""
+        frozen, go_on = self._freeze()
+        with frozen, ThreadPoolExecutor(_AT_ONCE) as pool:
+            resumed, starts = pool.submit(go_on), [pool.submit(frozen.start) for _ in range(n)]
+            failures = [error for error in (resumed.exception(), *(start.exception() for start in starts)) if error]
+            children = [start.result() for start in starts if not start.exception()]
+        if failures:
+            for child in children:
+                child.close()
+            raise failures[0]
+        return children
+
+
+class CopiedSandbox(DockerSandbox):
+    """One container whose work directory is a tmpfs of the engine's: seen from here, but not its layers."""
+
+    def changes(self) -> Changes:
+        """What differs in the work directory from its origin."""
+        self._check_open()
+        return diff(self._start.origin, read_tree(self._live.root, self.limits.disk_mb << 20))
+
+    def _freeze(self) -> tuple[Snapshot, Callable[[], None]]:
+        """A copy of the work directory's files, and the shell's state; this sandbox goes on all the time."""
+        self._check_open()
+        files, exports = read_tree(self._live.root, self.limits.disk_mb << 20), self._exports()
+        start, world = replace(self._start, files=files, cwd=self._cwd, exports=exports), self._live.world
+        launch = functools.partial(self._backend.launch, start, self.limits, world)
+        return Snapshot(self._cwd, exports, launch, lambda: None), lambda: None
+
+
+class DockerBackend(StackedBackend):
+    """Makes sandboxes as containers. Thread-safe. base: "host", a local image with bash, or an archive of one."""
 
     name = "docker"
 
     def __init__(self, run: str | None = None) -> None:
+        super().__init__()
         self.run = run or secrets.token_hex(6)
+        self.kind = CopiedSandbox if unprivileged() else DockerSandbox
         self._lock = threading.Lock()
         self._client: Any = None
-        self._images: dict[str, dict[str, str]] = {}
-        self._numbers = itertools.count()
-        self._live: weakref.WeakValueDictionary[str, DockerSandbox] = weakref.WeakValueDictionary()
+        self._images: dict[str, _Image] = {}
 
     def create(
         self, *, base: str = "host", workdir: str = "/repo", files: Files | None = None, limits: Limits | None = None
-    ) -> DockerSandbox:
-        """Start a container. What an image holds below `workdir` is hidden by the work directory."""
+    ) -> StackedSandbox:
+        """Start a container. An image must be in the engine, whatever names it."""
         limits = limits or Limits()
         start = start_from(base, workdir, files, limits)
-        check_workdir(workdir)
-        return self._launch(start, limits)
+        check_workdir(workdir, image=base != "host", reserved=_RESERVED)
+        found = self._image(base)
+        if self.kind is CopiedSandbox and found.base.image and (layers_at(found.base, workdir) or found.volumes):
+            raise Unsupported(
+                f"workdir={workdir!r}: base={base!r} has files there, or volumes, which only root can mount as a sandbox"
+                " needs them; start as root, use the native backend, or use another work directory"
+            )
+        if inner := [path for path in found.volumes if path.startswith(f"{workdir}/")]:
+            raise Unsupported(
+                f"base={base!r}: it declares a volume inside the work directory, {inner[0]}, which hides it from changes();"
+                " make an image without, or use the native backend"
+            )
+        return self.launch(start, limits, World(found.base, next(NUMBERS)))
 
     def close(self) -> None:
         """Close every sandbox and the connection to the engine."""
-        for sandbox in list(self._live.values()):
-            sandbox.close()
+        super().close()
         with self._lock:
             client, self._client = self._client, None
         if client:
             client.close()
 
-    def _launch(self, start: Start, limits: Limits) -> DockerSandbox:
-        client = self._connected()
-        env = self._image_env(client, start.base)
+    def start(self, start: Start, limits: Limits, world: World) -> Live:
+        """Start a container and the broker in it."""
+        number, copied = next(NUMBERS), self.kind is CopiedSandbox
+        uid = UID if copied else host_uid(world.owner)
+        options = self._options(start, limits, uid)
+        if copied:
+            return self._start_copied(number, start, limits, world, options)
+        places = dict.fromkeys((start.workdir, "/tmp", "/dev/shm", *self._image(start.base).volumes))
+        under = mount_store(number, tuple(places), limits, world, uid)
+        try:
+            options["mounts"] = [_bind(str(path), place) for path, place in under.binds.items()]
+            if start.base == "host":
+                options["mounts"] += _names(under.path, uid)
+            channel, seen, group, stop = self._contain(under.socket, start, options)
+            os.close(seen)
+        except BaseException:
+            under.close()
+            raise
+        under.hide()
+        return Live(channel, under.root, under.origin, under.store, world, "", group, stop)
+
+    def _start_copied(self, number: int, start: Start, limits: Limits, world: World, options: dict[str, Any]) -> Live:
+        disk, inodes = limits.disk_mb << 20, max(4096, limits.disk_mb * 256)
+        owner = f"rw,exec,nosuid,nodev,uid={UID},gid={UID},mode=755,nr_inodes={inodes}"
+        options["tmpfs"] = {start.workdir: f"{owner},size={disk // 4 * 3}", "/tmp": f"{owner},size={disk // 8}"}
+        options["shm_size"] = max(disk // 8, 1 << 16)
         home = Path(tempfile.mkdtemp(prefix=f"{cgroups.owner_name()}-"))
-        container = None
+        store = Store(number, functools.partial(shutil.rmtree, home, ignore_errors=True))
         try:
             home.chmod(0o711)
-            with socket.socket(socket.AF_UNIX) as listener:
-                listener.bind(str(home / "control"))
-                (home / "control").chmod(0o666)
-                listener.listen(1)
-                container = _run(client, self._options(start, limits, home))
-                channel = Channel(_accept(listener, container))
-            (home / "control").unlink()
-            (workdir_fd,) = channel.ready(START_TIMEOUT)
-        except BaseException as error:
-            _discard(container, home)
-            raise _explain(error) from error
-        name = f"docker-{self.run}-{next(self._numbers)}"
-        sandbox = DockerSandbox(name, channel, workdir_fd, start, limits, self, container, home)
-        try:
-            sandbox.boot(env)
+            channel, root, group, stop = self._contain(home, start, options)
         except BaseException:
-            sandbox.close()
+            store.drop()
             raise
-        self._live[name] = sandbox
-        return sandbox
+        return Live(channel, root, None, store, world, "", group, stop)
+
+    def _contain(self, home: Path, start: Start, options: dict[str, Any]) -> Contained:
+        """Start a container whose control stream is a socket in `home`."""
+        client, container = self._connected(), None
+        options["volumes"] = [*options["volumes"], f"{home}:{_INSIDE}/socket:ro"]
+        control = home / "control"
+        try:
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(control))
+                control.chmod(0o666)
+                listener.listen(1)
+                container = _run(client, options)
+                channel = Channel(_accept(listener, container))
+            control.unlink()
+            (seen,) = channel.ready(START_TIMEOUT)
+            return channel, seen, _group(channel.stream), functools.partial(_end, channel.stream, container)
+        except BaseException as error:
+            _discard(container)
+            raise _explain(error) from error
+
+    def _image(self, name: str) -> _Image:
+        """The engine's image for a base, as it was when it was first asked for."""
+        client = self._connected()
+        with self._lock:
+            if name not in self._images:
+                base = find_base(name)
+                image = _engine_image(client, name, base) if base.image else _host_image(client)
+                base = replace(base, env={**base.env, **environment(), "PATH": base.env["PATH"]})
+                volumes = tuple(map(os.path.normpath, (image.attrs["Config"] or {}).get("Volumes") or ()))
+                self._images[name] = _Image(image.id, base, volumes)
+            return self._images[name]
 
     def _connected(self) -> Any:
         with self._lock:
@@ -116,36 +220,29 @@ class DockerBackend:
                     raise Unsupported(
                         f"docker: no engine answers ({cause}); start dockerd, set DOCKER_HOST, or use the native backend"
                     ) from None
+                if client.api.base_url != "http+docker://localhost":  # what every unix socket is called
+                    client.close()
+                    raise Unsupported(
+                        "docker: DOCKER_HOST names an engine on another host, which can't reach this one's files; unset it"
+                        " to use the engine here, or use the native backend"
+                    )
                 reaper.on_start("docker", client)
                 self._client = client
             return self._client
 
-    def _image_env(self, client: Any, base: str) -> dict[str, str]:
-        """The shell's environment on `base`, after a check that its image is there."""
-        with self._lock:
-            if base not in self._images:
-                found = _host_image(client) if base == "host" else _image(client, base)
-                pairs = (item.partition("=") for item in (found.attrs["Config"] or {}).get("Env") or ())
-                own = {key: value for key, _, value in pairs}
-                ours = environment() if base == "host" else environment() | {"PATH": own.get("PATH", _PATH)}
-                self._images[base] = own | ours
-            return self._images[base]
-
-    def _options(self, start: Start, limits: Limits, home: Path) -> dict[str, Any]:
+    def _options(self, start: Start, limits: Limits, uid: int) -> dict[str, Any]:
         import docker
 
-        binds = [f"{helper_path()}:{_INSIDE}/helper:ro", f"{home}:{_INSIDE}/socket:ro"]
+        binds = [f"{helper_path()}:{_INSIDE}/helper:ro"]
         if start.base == "host":
             binds += [f"{path}:{path}:ro" for path in bind_paths()]
         disk, memory = limits.disk_mb << 20, limits.memory_mb << 20
-        owner = f"rw,exec,nosuid,nodev,uid={UID},gid={UID},mode=755"
-        inodes = max(4096, limits.disk_mb * 256)
         limit = docker.types.Ulimit
         return {
-            "image": skeleton_name() if start.base == "host" else start.base,
+            "image": self._image(start.base).id,
             "entrypoint": [f"{_INSIDE}/helper"],
             "command": ["broker", f"{_INSIDE}/socket/control", start.workdir],
-            "user": f"{UID}:{UID}",
+            "user": f"{uid}:{uid}",
             "working_dir": "/",
             "hostname": "sandbox",
             "labels": {
@@ -160,11 +257,6 @@ class DockerBackend:
             "security_opt": ["no-new-privileges"],
             "log_config": docker.types.LogConfig(type="none"),
             "volumes": binds,
-            "tmpfs": {
-                start.workdir: f"{owner},size={disk // 4 * 3},nr_inodes={inodes}",
-                "/tmp": f"{owner},size={disk // 8},nr_inodes={inodes}",
-            },
-            "shm_size": max(disk // 8, 1 << 16),
             "mem_limit": memory,
             "memswap_limit": memory,
             "pids_limit": limits.pids + cgroups.OWN_PIDS,
@@ -178,71 +270,62 @@ class DockerBackend:
         }
 
 
-class DockerSandbox(BrokeredSandbox):
-    """One container."""
-
-    def __init__(
-        self,
-        name: str,
-        channel: Channel,
-        fd: int,
-        start: Start,
-        limits: Limits,
-        backend: DockerBackend,
-        container: Any,
-        home: Path,
-    ) -> None:
-        super().__init__(name, channel, fd, start, limits)
-        self._backend = backend
-        self._container = container
-        self._home = home
-        peer = channel.stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        self._group = cgroups.of_process(struct.unpack("3i", peer)[0])
-
-    def _end(self) -> None:
-        os.close(self._disk)
-        stream = self._channel.stream
-        with contextlib.suppress(OSError):
-            stream.shutdown(socket.SHUT_RDWR)
-        _discard(self._container, self._home)
-        stream.close()  # last: a thread that waits for a command's end would go on to wait on whoever got the number next
-
-    def changes(self) -> Changes:
-        """What differs in the work directory from its origin."""
-        return diff(self._start.origin, self._tree())
-
-    def snapshot(self) -> Snapshot:
-        """A copy of the work directory's files, and the shell's state."""
-        files, exports = self._tree(), self._exports()
-        start = replace(self._start, files=files, cwd=self._cwd, exports=exports)
-        return Snapshot(self._cwd, exports, lambda: self._backend._launch(start, self.limits), lambda: None)
-
-    def _tree(self) -> dict[str, FileChange]:
-        self._check_open()
-        return read_tree(self._disk, self.limits.disk_mb << 20)
-
-    def _counters(self, *, limits_hit: bool) -> cgroups.Counters:
-        return self._group.read(limits_hit=limits_hit) if self._group else cgroups.Counters()
-
-
-def _image(client: Any, name: str) -> Any:
+def _bind(source: str, target: str, *, read_only: bool = False) -> Any:
     import docker
 
-    try:
-        return client.images.get(name)
-    except docker.errors.ImageNotFound:
-        remedy = "run docker/offline-base.sh" if name.startswith("codeworld-base") else f"run `docker pull {name}`"
-        raise Unsupported(f"base={name!r}: the engine has no such image; {remedy}") from None
+    return docker.types.Mount(
+        target, source, type="bind", read_only=read_only
+    )  # unlike `volumes`, it makes no missing source
+
+
+def _names(store: Path, uid: int) -> list[Any]:
+    """Mounts of the files that give a sandbox's user its name."""
+    names = {place: text for place, text in etc_files(uid).items() if place in ("/etc/passwd", "/etc/group")}
+    for place, text in names.items():
+        (store / Path(place).name).write_text(text)
+    return [_bind(str(store / Path(place).name), place, read_only=True) for place in names]
+
+
+def _group(stream: socket.socket) -> cgroups.Group | None:
+    """The cgroup of a container by its control stream."""
+    peer = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return cgroups.of_process(struct.unpack("3i", peer)[0])
+
+
+def _end(stream: socket.socket, container: Any) -> None:
+    with contextlib.suppress(OSError):
+        stream.shutdown(socket.SHUT_RDWR)
+    _discard(container)
+    stream.close()  # last: a thread that waits for a command's end would go on to wait on whoever got the number next
+
+
+def _engine_image(client: Any, name: str, base: Base) -> Any:
+    """The engine's image that has the layers of `base`."""
+    import docker
+
+    for known in [entry["Id"] for entry in client.api.images()] if is_archive(name) else [name]:
+        with contextlib.suppress(docker.errors.ImageNotFound):  # removed meanwhile
+            image = client.images.get(known)
+            if layer_names(image) == base.layers[1:]:
+                return image
+    if not is_archive(name):
+        raise Unsupported(f"base={name!r}: the name has been given to another image meanwhile; start again")
+    raise Unsupported(
+        f"base={name!r}: the engine has no image of these layers; docker load -i {name} (a plain root file system: docker"
+        f" import {name} NAME, and base='NAME'), or use the native backend"
+    )
 
 
 def _host_image(client: Any) -> Any:
     """The skeleton that the host's own files are mounted over; imported at first use, a few kilobytes."""
+    import docker
+
     try:
-        return _image(client, skeleton_name())
-    except Unsupported:
+        return client.images.get(skeleton_name())
+    except docker.errors.ImageNotFound:
         name, _, tag = skeleton_name().partition(":")
         client.api.import_image_from_data(skeleton(UID), repository=name, tag=tag)
-        return _image(client, skeleton_name())
+        return client.images.get(skeleton_name())
 
 
 def _run(client: Any, options: dict[str, Any]) -> Any:
@@ -250,7 +333,7 @@ def _run(client: Any, options: dict[str, Any]) -> Any:
     try:
         container.start()
     except BaseException:
-        _discard(container, None)
+        _discard(container)
         raise
     return container
 
@@ -267,30 +350,32 @@ def _accept(listener: socket.socket, container: Any) -> socket.socket:
                 raise InfraError(f"docker: the sandbox did not connect in {START_TIMEOUT:.0f} s") from None
 
 
-def _discard(container: Any, home: Path | None) -> None:
-    """Remove a container, which may have removed itself, and its directory."""
+def _discard(container: Any) -> None:
+    """Remove a container, which may have removed itself; never raises."""
     import docker
 
-    if container is not None:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            try:
-                container.remove(v=True, force=True)
-            except docker.errors.NotFound:
+    deadline = time.monotonic() + 30
+    while container is not None and time.monotonic() < deadline:
+        try:
+            container.remove(v=True, force=True)
+        except docker.errors.NotFound:
+            break
+        except docker.errors.APIError as error:
+            if error.status_code != 409:  # it is being removed already
                 break
-            except docker.errors.APIError as error:
-                if error.status_code != 409:  # it is being removed already
-                    break
-                time.sleep(0.02)
-            except OSError:
-                break
-    if home is not None:
-        shutil.rmtree(home, ignore_errors=True)
+            time.sleep(0.02)
+        except OSError:
+            break
 
 
 def _explain(error: BaseException) -> BaseException:
     import docker
 
+    if "bind source path does not exist" in str(error):
+        return Unsupported(
+            "docker: the engine does not see what this process mounts (it runs in another mount namespace); start both in"
+            " the same one, or use the native backend"
+        )
     if isinstance(error, SetupError | docker.errors.DockerException | OSError):
         return InfraError(
             f"docker: the sandbox did not start: {' '.join(str(error).split())[:300]}; see `docker events`"
@@ -310,4 +395,4 @@ def leftovers(run: str | None = None) -> list[str]:
         client.close()
 
 
-__all__ = ["LABEL", "UID", "DockerBackend", "DockerSandbox", "leftovers"]
+__all__ = ["LABEL", "UID", "CopiedSandbox", "DockerBackend", "DockerSandbox", "leftovers"]

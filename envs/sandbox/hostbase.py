@@ -61,9 +61,9 @@ def etc_files(uid: int) -> dict[str, str]:
     }
 
 
-def check_workdir(workdir: str, *, image: bool = False) -> None:
-    """Raises `ValueError` for a work directory that the system's own paths occupy."""
-    for path in ("/proc", "/dev") if image else (*_RESERVED, *_interpreter()):
+def check_workdir(workdir: str, *, image: bool = False, reserved: tuple[str, ...] = ("/proc", "/dev")) -> None:
+    """Raises `ValueError` for a work directory that the system's own paths occupy; in an image, that is `reserved`."""
+    for path in reserved if image else (*_RESERVED, *_interpreter()):
         if f"{workdir}/".startswith(f"{path}/") or f"{path}/".startswith(f"{workdir.rstrip('/')}/"):
             raise ValueError(f"workdir={workdir!r}: {path} is the system's there; use another, e.g. '/repo'")
     if workdir == "/tmp":

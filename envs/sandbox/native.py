@@ -12,85 +12,73 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
+import functools
 import os
 import resource
 import socket
 import subprocess
 import threading
-import weakref
-from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from envs.errors import InfraError, Unsupported
 from envs.sandbox import cgroups, reaper
-from envs.sandbox.base import Changes, Limits, Snapshot
-from envs.sandbox.bases import Base, find_base, layers_dir
-from envs.sandbox.brokered import BrokeredSandbox, Files, Start, start_from
+from envs.sandbox.base import Limits
+from envs.sandbox.bases import find_base, layers_dir
+from envs.sandbox.brokered import Files, Start, start_from
 from envs.sandbox.channel import Channel, SetupError
 from envs.sandbox.helper import cache_dir, helper_path, unprivileged
 from envs.sandbox.hostbase import DEVICES, bind_paths, check_workdir, etc_files
-from envs.sandbox.walk import overlay_changes
+from envs.sandbox.stacked import NUMBERS, Live, StackedBackend, StackedSandbox, Store, World, host_uid, store_options
 
 AGENT_ID, ROOT_ID = 1000, 0
 """Who the sandbox is inside a user namespace: on the host's system, in an image."""
-FIRST_UID = 1_500_000_000
 START_TIMEOUT = 30.0
 
 _FORBIDDEN = frozenset((errno.EPERM, errno.EACCES, errno.ENOSPC, errno.EINVAL, errno.ENOSYS, errno.EUSERS))
 
 
-class NativeBackend:
+class NativeSandbox(StackedSandbox):
+    """One native sandbox."""
+
+
+class NativeBackend(StackedBackend):
     """Makes native sandboxes through one helper process, started with the first of them. Thread-safe, and safe to use
     after a fork of this process (the child starts its own helper)."""
 
     name = "native"
+    kind = NativeSandbox
 
     def __init__(self) -> None:
+        super().__init__()
         self._lock = threading.Lock()
         self._zygote: _Zygote | None = None
-        self._numbers = itertools.count()
-        self._live: weakref.WeakValueDictionary[str, NativeSandbox] = weakref.WeakValueDictionary()
 
     def create(
         self, *, base: str = "host", workdir: str = "/repo", files: Files | None = None, limits: Limits | None = None
-    ) -> NativeSandbox:
+    ) -> StackedSandbox:
         """Start a sandbox on "host", an image archive or a local Docker image (see `bases.find_base`)."""
         limits = limits or Limits()
         start = start_from(base, workdir, files, limits)
         check_workdir(workdir, image=base != "host")
-        found = find_base(base)
-        return self._launch(start, limits, _World(found, next(self._numbers)))
+        return self.launch(start, limits, World(find_base(base), next(NUMBERS)))
 
     def close(self) -> None:
         """Close every sandbox and the helper."""
-        for sandbox in list(self._live.values()):
-            sandbox.close()
+        super().close()
         with self._lock:
             zygote, self._zygote = self._zygote, None
         if zygote:
             zygote.close()
 
-    def _launch(self, start: Start, limits: Limits, world: _World) -> NativeSandbox:
-        live = self._start(start, limits, world)
-        sandbox = NativeSandbox(f"native-{os.getpid()}-{live.store.number}", live, start, limits, self)
-        try:
-            sandbox.boot(world.base.env)
-        except BaseException:
-            sandbox.close()
-            raise
-        self._live[sandbox.id] = sandbox
-        return sandbox
-
-    def _start(self, start: Start, limits: Limits, world: _World) -> _Live:
-        """Namespaces and a broker in them, nothing booted yet."""
-        number = next(self._numbers)
+    def start(self, start: Start, limits: Limits, world: World) -> Live:
+        """Namespaces and a broker in them."""
+        number = next(NUMBERS)
         group = f"{cgroups.owner_name()}-{number}"
         request = _request(number, group, start.workdir, limits, world)
         mine, theirs = socket.socketpair()
         with theirs:
             zygote = self._send(request, theirs)
-        channel, store = Channel(mine), _Store(number, zygote)
+        channel, store = Channel(mine), Store(number, functools.partial(zygote.free, number))
         try:
             *origin, store.upper, root = channel.ready(START_TIMEOUT)
         except BaseException as error:
@@ -100,7 +88,9 @@ class NativeBackend:
                 raise _explain(error) from None
             raise
         found = cgroups.hierarchy()
-        return _Live(channel, root, next(iter(origin), None), store, world, found.group(group) if found else None)
+        counted = found.group(group) if found else None
+        stop = functools.partial(_end, mine, counted)
+        return Live(channel, root, next(iter(origin), None), store, world, start.workdir, counted, stop)
 
     def _send(self, request: bytes, stream: socket.socket) -> _Zygote:
         with self._lock:
@@ -116,130 +106,18 @@ class NativeBackend:
         raise InfraError(f"sandbox launcher: it can't be reached ({failure}); see the kernel log for why it ended")
 
 
-class _Store:
-    """What one sandbox wrote: freed when neither it nor any that started from it needs it."""
-
-    def __init__(self, number: int, zygote: _Zygote) -> None:
-        self.number, self.upper = number, -1
-        self._zygote, self._users, self._lock = zygote, 1, threading.Lock()
-
-    def hold(self) -> None:
-        with self._lock:
-            self._users += 1
-
-    def drop(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users:
-                return
-        if self.upper >= 0:
-            os.close(self.upper)
-        self._zygote.free(self.number)
-
-
-@dataclass(frozen=True)
-class _World:
-    """What a new sandbox stands on."""
-
-    base: Base
-    owner: int
-    """From which its host uid is made; a fork has its parent's, whose files it goes on with."""
-    frozen: tuple[_Store, ...] = ()
-    """Stores of those it started from, the newest first."""
-
-    def hold(self) -> None:
-        for store in self.frozen:
-            store.hold()
-
-    def drop(self) -> None:
-        for store in self.frozen:
-            store.drop()
-
-
-@dataclass
-class _Live:
-    """A started sandbox: its broker, and descriptors of its root and of the root that it started with."""
-
-    channel: Channel
-    root: int
-    origin: int | None
-    store: _Store
-    world: _World
-    group: cgroups.Group | None
-    ended: bool = False
-
-    def end(self) -> None:
-        """End its processes; its store is still there. May be called twice."""
-        if self.ended:
-            return
-        self.ended = True
-        stream = self.channel.stream
-        try:
-            stream.settimeout(10.0)
-            stream.shutdown(socket.SHUT_WR)
-            while stream.recv(1 << 16):  # the end comes when everything inside is dead and its cgroups are removed
-                pass
-        except OSError:
+def _end(stream: socket.socket, group: cgroups.Group | None) -> None:
+    """Close a control stream and wait until everything inside is dead and its cgroups are removed."""
+    try:
+        stream.settimeout(10.0)
+        stream.shutdown(socket.SHUT_WR)
+        while stream.recv(1 << 16):
             pass
-        stream.close()
-        for fd in (self.root, self.origin):
-            if fd is not None:
-                os.close(fd)
-        if self.group:
-            self.group.remove()  # does nothing but where the helper was killed
-
-
-class NativeSandbox(BrokeredSandbox):
-    """One native sandbox."""
-
-    def __init__(self, name: str, live: _Live, start: Start, limits: Limits, backend: NativeBackend) -> None:
-        super().__init__(name, live.channel, live.root, start, limits)
-        self._live, self._backend = live, backend
-        live.world.hold()
-
-    def changes(self) -> Changes:
-        """What differs in the work directory from its origin."""
-        self._check_open()
-        live, start = self._live, self._start
-        uppers = [store.upper for store in (live.store, *live.world.frozen)]
-        budget = self.limits.disk_mb << 20
-        return overlay_changes(live.root, uppers, live.origin, start.workdir, start.origin, budget)
-
-    def snapshot(self) -> Snapshot:
-        """The file system and the shell's state. Every process of this sandbox ends for it."""
-        self._check_open()
-        exports, live = self._exports(), self._live
-        start = replace(self._start, files={}, cwd=self._cwd, exports=exports)
-        world = replace(live.world, frozen=(live.store, *live.world.frozen))
-        world.hold()  # for the snapshot
-        live.end()
-        try:
-            self._adopt(self._backend._start(start, self.limits, world))
-            self.boot(world.base.env, start)
-        except BaseException:
-            self.close()
-            world.drop()
-            raise
-        return Snapshot(self._cwd, exports, lambda: self._backend._launch(start, self.limits, world), world.drop)
-
-    def _adopt(self, live: _Live) -> None:
-        """Go on as another sandbox."""
-        live.world.hold()
-        self._free()
-        self._live, self._channel, self._disk = live, live.channel, live.root
-        self._cpu, self._ooms, self._refusals = None, 0, 0
-
-    def _free(self) -> None:
-        self._live.store.drop()
-        self._live.world.drop()
-
-    def _end(self) -> None:
-        self._live.end()
-        self._free()
-
-    def _counters(self, *, limits_hit: bool) -> cgroups.Counters:
-        group = self._live.group
-        return group.read(limits_hit=limits_hit) if group else cgroups.Counters()
+    except OSError:
+        pass
+    stream.close()
+    if group:
+        group.remove()  # does nothing but where the helper was killed
 
 
 class _Zygote:
@@ -310,10 +188,10 @@ class _Op(StrEnum):
         return self.value.encode() + b"".join(os.fsencode(str(arg)) + b"\0" for arg in args)
 
 
-def _request(number: int, group: str, workdir: str, limits: Limits, world: _World) -> bytes:
+def _request(number: int, group: str, workdir: str, limits: Limits, world: World) -> bytes:
     """What the launcher is to do, as the operations that `helper/launch.c` lists."""
     root, image = not unprivileged(), world.base.image
-    uid = FIRST_UID + (os.getpid() % 32768) * 16384 + world.owner % 16384 if root else 0
+    uid = host_uid(world.owner) if root else 0
     inner = ROOT_ID if image else AGENT_ID
     found = cgroups.hierarchy()
     ops = [_Op.IDENTITY(uid)]
@@ -337,12 +215,11 @@ def _request(number: int, group: str, workdir: str, limits: Limits, world: _Worl
     return b"".join(ops)
 
 
-def _root_ops(number: int, limits: Limits, world: _World) -> list[bytes]:
+def _root_ops(number: int, limits: Limits, world: World) -> list[bytes]:
     """The root: the store on top, what is frozen, the base's layers."""
-    inodes = max(4096, limits.disk_mb * 256)
     base = [f"{number}/b/{name}" for name in world.base.layers]
     frozen = [f"{store.number}/u" for store in world.frozen]
-    ops = [_Op.STORE(number, f"size={limits.disk_mb}m,nr_inodes={inodes},mode=755"), _Op.LAYERS_DIR(layers_dir())]
+    ops = [_Op.STORE(number, store_options(limits)), _Op.LAYERS_DIR(layers_dir())]
     ops += [_Op.ORIGIN(":".join(base))] if world.base.image else [_Op.READ_ONLY()]
     return [*ops, _Op.ROOT(":".join(frozen + base))]
 

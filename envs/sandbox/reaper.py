@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from envs.errors import CodeworldError, InfraError
 from envs.sandbox import cgroups
-from envs.sandbox.helper import cache_dir
+from envs.sandbox.hoststore import ROOT
 from envs.sandbox.owner import PREFIX, Owner
 
 OWNER_LABEL = "codeworld.owner"
@@ -89,7 +89,7 @@ def on_start(backend: str, client: Any = None) -> None:
     def its_containers() -> Iterator[Leftover]:
         return containers(client)
 
-    reap(finders=[directories, its_containers] if backend == "docker" else [groups, mounts, directories])
+    reap(finders=[its_containers, mounts, directories] if backend == "docker" else [groups])
 
 
 def helpers() -> Iterator[Leftover]:
@@ -119,9 +119,9 @@ def mounts() -> Iterator[Leftover]:
 
 
 def directories() -> Iterator[Leftover]:
-    """Directories of control sockets, and of the native backend's mounts."""
-    for path, prefix in ((Path(tempfile.gettempdir()), PREFIX), (cache_dir() / "mounts", "")):
-        for name in _of_ended(path, prefix):
+    """Directories of control sockets, and of containers' stores."""
+    for path in (Path(tempfile.gettempdir()), ROOT):
+        for name in _of_ended(path, PREFIX):
             yield Leftover("directory", str(path / name), functools.partial(_remove_tree, path / name))
 
 

@@ -12,6 +12,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 from envs.sandbox.base import Changes, FileChange
@@ -188,7 +189,7 @@ def _touched(upper: int, workdir: str) -> Iterator[str]:
                 return
             os.close(at)
             at = below
-            if _opaque(at):
+            if is_opaque(at):
                 yield ""
         yield from _touched_below(at, "", 0)
     finally:
@@ -209,7 +210,7 @@ def _touched_below(directory: int, prefix: str, depth: int) -> Iterator[str]:
         if below is None:
             continue
         try:
-            if _opaque(below):
+            if is_opaque(below):
                 yield path
             if depth < DEPTH:
                 yield from _touched_below(below, f"{path}/", depth + 1)
@@ -217,7 +218,7 @@ def _touched_below(directory: int, prefix: str, depth: int) -> Iterator[str]:
             os.close(below)
 
 
-def _opaque(directory: int) -> bool:
+def is_opaque(directory: int | Path) -> bool:
     """Whether overlayfs shows nothing of the layers below this directory."""
     for kind in ("trusted", "user"):
         with contextlib.suppress(OSError):

@@ -20,11 +20,6 @@ from envs.sandbox import Backend, Sandbox, cgroups, make_backend
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("native", "docker")]
 CASES = select()
-KNOWN = {
-    ("docker", "B10"): "all containers run under one uid, so they share the kernel's per-user inotify and pipe limits",
-    ("docker", "B14"): "the socket's directory of a killed owner stays in TMPDIR: nothing reaps it",
-}
-"""Breaches of today: each must go on being one, or leave this list."""
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -41,9 +36,6 @@ def test_contained(stage: Stage, case: Case) -> None:
     outcome = run_case(case, stage)
     if outcome.verdict == "not run" and case.id == "B8" and cgroups.hierarchy() is None:
         pytest.skip(outcome.why)
-    if reason := KNOWN.get((stage.backend.name, case.id)):
-        assert outcome.verdict == "breached", f"{case.id} is contained: take it out of KNOWN"
-        pytest.xfail(f"{reason}: {outcome.why}")
     assert (outcome.verdict, outcome.case) == ("contained", case), outcome.why
     assert outcome.why and "\n" not in outcome.why
 

@@ -46,9 +46,12 @@ def system() -> Entries:
     return found
 
 
-def docker_archive(path: Path, layers: list[bytes], claim: list[str] | None = None) -> Path:
+def docker_archive(
+    path: Path, layers: list[bytes], claim: list[str] | None = None, volumes: tuple[str, ...] = ()
+) -> Path:
     digests = claim or [hashlib.sha256(layer).hexdigest() for layer in layers]
-    config = {"rootfs": {"diff_ids": [f"sha256:{d}" for d in digests]}, "config": {"Env": ["COLOUR=red", "HOME=/home"]}}
+    inner = {"Env": ["COLOUR=red", "HOME=/home"], "Volumes": {name: {} for name in volumes}}
+    config = {"rootfs": {"diff_ids": [f"sha256:{d}" for d in digests]}, "config": inner}
     names = [f"{i}/layer.tar" for i in range(len(layers))]
     manifest = [{"Config": "config.json", "Layers": names}]
     files: Entries = {"manifest.json": json.dumps(manifest).encode(), "config.json": json.dumps(config).encode()}

@@ -137,10 +137,9 @@ def test_the_authors_mistake_is_an_exception_with_its_line(scripted, tmp_path, m
 
 def kill_sandbox(sandbox):
     """SIGKILL to every process of a native sandbox: as root each has a uid of its own."""
-    from envs.sandbox import native
+    from envs.sandbox.stacked import host_uid
 
-    number = int(sandbox.id.rsplit("-", 1)[1])
-    uid = native.FIRST_UID + (os.getpid() % 32768) * 16384 + number % 16384
+    uid = host_uid(sandbox._live.world.owner)
     killed = 0
     for process in Path("/proc").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # the first one's end is the end of all

@@ -418,17 +418,9 @@ static void serve(void) {
     free(body);
 }
 
-/* Says that the sandbox is ready, with the descriptors that the owner is to have, and serves the control stream for ever. */
+/* Says that the sandbox is ready, and serves the control stream for ever. */
 void broker(void) {
-    size_t size = (size_t)nseen * sizeof(int);
-    char ready[5] = {1, 0, 0, 0, 'K'}, space[CMSG_SPACE(sizeof seen_fds)] = {0};
-    struct iovec iov = {ready, sizeof ready};
-    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = space, .msg_controllen = CMSG_SPACE(size)};
-    struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
-    c->cmsg_level = SOL_SOCKET, c->cmsg_type = SCM_RIGHTS, c->cmsg_len = CMSG_LEN(size);
-    memcpy(CMSG_DATA(c), seen_fds, size);
-    if (sendmsg(ctl, &msg, MSG_NOSIGNAL) != sizeof ready) _exit(0);
-    while (nseen) close(seen_fds[--nseen]);
+    ready();
     strcpy(cwd, workdir);
     cap = 4096, cap_buf = must(malloc(cap)), status_text = must(malloc(STATE_MAX));
     for (int st;;) {

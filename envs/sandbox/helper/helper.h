@@ -1,4 +1,4 @@
-/* What the parts of the helper share. The helper is one static binary with two uses:
+/* What the parts of the helper share. The helper is one static binary with these uses:
  *
  * helper zygote FD DIR W  Reads requests on the seqpacket socket FD. A request is a list of operations (launch.c), the
  *                         control stream of the new sandbox attached. Clones the sandbox, reaps it and removes its
@@ -7,6 +7,10 @@
  *                         write is mounted over DIR, in a mount namespace of the zygote's own. W: "root", or
  *                         "user" for one who can be nobody else and needs a user namespace for everything.
  * helper broker SOCK DIR  PID 1 of a container: connects to the unix socket SOCK and serves the same control stream.
+ * helper store FD NAME ID OPTIONS BASE ORIGIN LAYERS...
+ *                         What a container stands on, in the mount namespace of the engine: a tmpfs at NAME with these
+ *                         options, overlays in it for the user ID (launch.c). Answers on the stream FD as a broker does.
+ * helper free PATH...     Unmounts each, with all that is mounted below it, and removes its directory.
  */
 #ifndef HELPER_H
 #define HELPER_H
@@ -42,8 +46,18 @@ void *must(void *p);                              /* ends the process when an al
 void read_all(int fd, void *data, size_t n);      /* ends the process when the owner is gone, as does frame */
 void frame(int fd, char kind, const void *a, size_t na, const void *b, size_t nb);
 void fail(int fd, const char *what, const char *arg);
+void ready(void);
 __attribute__((noreturn)) void die(const char *what, const char *arg);
 int put(const char *path, const char *text);      /* writes a short text to an existing file; -1 with errno */
+
+/* launch.c */
+int zygote(int from, const char *dir, const char *user);
+int host_store(char *name, uid_t owner, const char *options, const char *base, const char *origin, char **lists);
+void free_store(const char *name);
+
+/* main.c */
+extern char *title;     /* what its command line is read from, so that it can be changed */
+extern size_t title_room;
 
 /* filter.c */
 void filter(int no_rlimit_escape);

@@ -5,7 +5,6 @@
 #include <net/if.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
-#include <sys/un.h>
 #include <sys/xattr.h>
 
 #define STAGE "/sys" /* the new root is mounted over it: a place that is never the source of a bind */
@@ -96,17 +95,33 @@ static void attach_base(const char *dir) {
     close(fd);
 }
 
-static void mount_root(const char *layers) {
-    char options[4096], upper[64];
-    snprintf(upper, sizeof upper, "%s/u", store);
-    int n = snprintf(options, sizeof options, "lowerdir=%s,upperdir=%s,workdir=%s/w,redirect_dir=nofollow,metacopy=off%s",
-                     layers, upper, store, rootless ? ",userxattr" : "");
+static void show(const char *path) {
+    if ((seen_fds[nseen++] = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0) die("open", path);
+}
+
+/* An overlay of layers. part: which of the store's upper directories takes what is written; NULL for none. */
+static void mount_overlay(const char *layers, const char *part, const char *at) {
+    char options[4096], top[128] = "";
+    if (part) snprintf(top, sizeof top, ",upperdir=%s/u%s,workdir=%s/w%s,redirect_dir=nofollow,metacopy=off", store, part, store, part);
+    int n = snprintf(options, sizeof options, "lowerdir=%s%s%s", layers, top, rootless ? ",userxattr" : "");
     if (n >= (int)sizeof options) errno = E2BIG, die("overlay", "with that many layers");
+    if (mount("sandbox", at, "overlay", MS_NOSUID | MS_NODEV | (part ? 0 : MS_RDONLY), options)) die("overlay", layers);
+}
+
+static void mount_root(const char *layers) {
+    char upper[64];
+    snprintf(upper, sizeof upper, "%s/u", store);
     if (rootless && setxattr(upper, "user.codeworld", "", 0, 0)) die("tmpfs without user xattrs (Linux 6.6)", "");
     if (userns >= 0 && chown(upper, uid, uid)) die("chown", upper);
-    if ((seen_fds[nseen++] = open(upper, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0) die("open", upper);
-    if (mount("sandbox", STAGE, "overlay", MS_NOSUID | MS_NODEV, options)) die("overlay", layers);
+    show(upper);
+    mount_overlay(layers, "", STAGE);
     if (chdir(STAGE)) die("chdir", STAGE);
+}
+
+static void show_origin(const char *layers, const char *at) {
+    mount_overlay(layers, NULL, at);
+    show(at);
+    if (umount2(at, MNT_DETACH)) die("umount", at);
 }
 
 static void make_file(char *path, const char *text) {
@@ -114,15 +129,6 @@ static void make_file(char *path, const char *text) {
     int fd = open(path, O_WRONLY | O_TRUNC | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0 || write(fd, text, strlen(text)) != (ssize_t)strlen(text)) die("write", path);
     close(fd);
-}
-
-static void show_origin(const char *layers) {
-    char options[4096];
-    if (snprintf(options, sizeof options, "lowerdir=%s%s", layers, rootless ? ",userxattr" : "") >= (int)sizeof options)
-        errno = E2BIG, die("overlay", "with that many layers");
-    if (mount("origin", STAGE, "overlay", MS_NOSUID | MS_NODEV | MS_RDONLY, options)) die("overlay", layers);
-    if ((seen_fds[nseen++] = open(STAGE, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0) die("open", STAGE);
-    if (umount2(STAGE, MNT_DETACH)) die("umount", STAGE);
 }
 
 static void own_directory(char *path) {
@@ -139,7 +145,7 @@ static void make(struct op *op) {
     if (*in == '/') in++; /* the new root is the current directory */
     switch (op->kind) {
     case 'Y': attach_base(op->a); break;
-    case 'N': show_origin(op->a); break;
+    case 'N': show_origin(op->a, STAGE); break;
     case 'T': mount_root(op->a); break;
     case 'O': own_directory(in); break;
     case 'B': bind_mount(op->a, in, RDONLY | NOSUID | NODEV); break;
@@ -179,9 +185,6 @@ static void drop_privileges(void) {
     if (syscall(SYS_capset, &head, none)) die("capset", "");
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) || prctl(PR_SET_DUMPABLE, 0)) die("prctl", "");
 }
-
-static char *title;
-static size_t title_room;
 
 /* The new sandbox, as PID 1 of its namespaces, from the host's root file system to the broker's loop. */
 static void become_sandbox(char *ops, char *end) {
@@ -268,7 +271,7 @@ static int make_store(const char *name, const char *options) {
     return 0;
 }
 
-static void free_store(const char *name) {
+void free_store(const char *name) {
     umount2(name, MNT_DETACH);
     rmdir(name);
 }
@@ -335,7 +338,7 @@ static void receive(int from) {
     _exit(0);
 }
 
-static int zygote(int from, const char *dir, const char *user) {
+int zygote(int from, const char *dir, const char *user) {
     sigset_t chld;
     struct rlimit files;
     sigemptyset(&chld), sigaddset(&chld, SIGCHLD);
@@ -358,23 +361,26 @@ static int zygote(int from, const char *dir, const char *user) {
     }
 }
 
-static int container(const char *path, const char *dir) {
-    struct sockaddr_un to = {.sun_family = AF_UNIX};
-    if (strlen(path) >= sizeof to.sun_path) return 2;
-    strcpy(to.sun_path, path);
-    ctl = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (ctl < 0 || connect(ctl, (struct sockaddr *)&to, sizeof to)) return 75;
-    prepare_broker(dir, dir);
-    if (prctl(PR_SET_DUMPABLE, 0)) die("prctl", "");
-    filter(0);
-    broker();
+/* A store that a container engine sees too. In it, for each list of layers (their names relative to the store): an upper
+ * directory u/I and the overlay m/I. The owner is shown the first list's: its origin, if there is one, u/0 and m/0. */
+int host_store(char *name, uid_t owner, const char *options, const char *base, const char *origin, char **lists) {
+    char path[64];
+    umask(022), store = ".", uid = owner;
+    if (make_store(name, options) || chdir(name) || chmod(".", 0700) || mkdir("m", 0755) || mkdir("empty", 0755)
+        || mkdir("socket", 0711))
+        die("store", name);
+    if (*base && (userns = make_userns(0)) < 0) die("user namespace", "");
+    if (*base) attach_base(base);
+    if (*origin) show_origin(origin, "m");
+    for (int i = 0; lists[i]; i++) {
+        for (const char *part = "mwu"; *part; part++)
+            if (snprintf(path, sizeof path, "%c/%d", *part, i), mkdir(path, 0755)) die("mkdir", path);
+        if (chown(path, uid, uid)) die("chown", path);
+        if (!i) show(path);
+        *path = 'm', mount_overlay(lists[i], path + 1, path);
+    }
+    show("m/0");
+    if (*base && umount2("b", MNT_DETACH)) die("umount", "b"); /* the overlays hold what they need of it */
+    ready();
     return 0;
-}
-
-int main(int argc, char **argv) {
-    title = argv[0], title_room = (size_t)(argv[argc - 1] + strlen(argv[argc - 1]) - title);
-    if (argc == 5 && !strcmp(argv[1], "zygote")) return zygote(atoi(argv[2]), argv[3], argv[4]);
-    if (argc == 4 && !strcmp(argv[1], "broker")) return container(argv[2], argv[3]);
-    fputs("usage: helper zygote FD DIR root|user | helper broker SOCKET WORKDIR\n", stderr);
-    return 2;
 }

@@ -39,6 +39,19 @@ void fail(int fd, const char *what, const char *arg) {
     if (send(fd, text, 4 + size, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0) shutdown(fd, SHUT_WR);
 }
 
+/* Says that the sandbox is ready, with the descriptors that the owner is to have. */
+void ready(void) {
+    size_t size = (size_t)nseen * sizeof(int);
+    char word[5] = {1, 0, 0, 0, 'K'}, space[CMSG_SPACE(sizeof seen_fds)] = {0};
+    struct iovec iov = {word, sizeof word};
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = space, .msg_controllen = CMSG_SPACE(size)};
+    struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+    c->cmsg_level = SOL_SOCKET, c->cmsg_type = SCM_RIGHTS, c->cmsg_len = CMSG_LEN(size);
+    memcpy(CMSG_DATA(c), seen_fds, size);
+    if (sendmsg(ctl, &msg, MSG_NOSIGNAL) != sizeof word) _exit(0);
+    while (nseen) close(seen_fds[--nseen]);
+}
+
 void die(const char *what, const char *arg) {
     fail(ctl, what, arg);
     _exit(1);
