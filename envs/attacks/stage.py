@@ -348,7 +348,7 @@ class Traces:
 
     pids: tuple[int, ...]
     cgroups: frozenset[Path]
-    mounts: frozenset[str]
+    mounts: frozenset[tuple[str, str]]
 
     @classmethod
     def of(cls, pids: Iterable[int], before: Set[str]) -> Traces:
@@ -359,13 +359,14 @@ class Traces:
         for pid in pids:
             cgroups |= set(_cgroups(str(pid)))
             inside |= mounts(str(pid))
-        return cls(pids, frozenset(cgroups - set(_cgroups("self"))), frozenset(inside & mounts() - before))
+        new = {(place, row) for place, row in _mounted("self") if row in inside and row not in before}
+        return cls(pids, frozenset(cgroups - set(_cgroups("self"))), frozenset(new))
 
     def left(self) -> list[str]:
         """What is still there."""
         alive = [f"process {pid}" for pid in self.pids if Path(f"/proc/{pid}").exists()]
         groups = [f"cgroup {path}" for path in self.cgroups if path.exists()]
-        return alive + groups + [f"mount {row}" for row in self.mounts & mounts()]
+        return alive + groups + [f"mount {place} {row}" for place, row in self.mounts & _mounted("self")]
 
 
 def _cgroups(pid: str) -> Iterable[Path]:
@@ -384,8 +385,13 @@ def _cgroups(pid: str) -> Iterable[Path]:
 
 def mounts(pid: str = "self") -> set[str]:
     """Device, type and options of each mount in the view of a process."""
+    return {row for _, row in _mounted(pid)}
+
+
+def _mounted(pid: str) -> set[tuple[str, str]]:
+    """The same with where each is mounted: a device number may be another mount's soon."""
     try:
         lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
     except OSError:
         return set()
-    return {f"{line.split()[2]} {line.partition(' - ')[2]}" for line in lines}
+    return {(line.split()[4], f"{line.split()[2]} {line.partition(' - ')[2]}") for line in lines}

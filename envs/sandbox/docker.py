@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 from envs.errors import InfraError, Unsupported
 from envs.sandbox import cgroups, reaper
 from envs.sandbox.base import Changes, Limits, Sandbox, Snapshot
-from envs.sandbox.bases import Base, find_base, is_archive, layer_names, layers_at
+from envs.sandbox.bases import Base, find_base, is_archive, layer_names, layers_at, layers_dir
 from envs.sandbox.brokered import Files, Start, start_from
 from envs.sandbox.channel import Channel, SetupError
 from envs.sandbox.helper import helper_path, unprivileged
@@ -149,8 +149,7 @@ class DockerBackend(StackedBackend):
         under = mount_store(number, tuple(places), limits, world, uid)
         try:
             options["mounts"] = [_bind(str(path), place) for path, place in under.binds.items()]
-            if start.base == "host":
-                options["mounts"] += _names(under.path, uid)
+            options["mounts"] += _names(under.path, uid, world.base)
             channel, seen, group, stop = self._contain(under.socket, start, options)
             os.close(seen)
         except BaseException:
@@ -278,12 +277,18 @@ def _bind(source: str, target: str, *, read_only: bool = False) -> Any:
     )  # unlike `volumes`, it makes no missing source
 
 
-def _names(store: Path, uid: int) -> list[Any]:
-    """Mounts of the files that give a sandbox's user its name."""
-    names = {place: text for place, text in etc_files(uid).items() if place in ("/etc/passwd", "/etc/group")}
-    for place, text in names.items():
+def _names(store: Path, uid: int, base: Base) -> list[Any]:
+    """Mounts of the files that give a sandbox's user a name, those of an image with one more line."""
+    mounts = []
+    for place, text in etc_files(uid).items():
+        if place not in ("/etc/passwd", "/etc/group"):
+            continue
+        known = next(filter(Path.is_file, (Path(layers_dir(), f"{layer}{place}") for layer in base.layers)), None)
+        if base.image and known and not known.is_symlink():
+            text = known.read_text(errors="replace").rstrip() + "\n" + text.splitlines()[-1] + "\n"
         (store / Path(place).name).write_text(text)
-    return [_bind(str(store / Path(place).name), place, read_only=True) for place in names]
+        mounts.append(_bind(str(store / Path(place).name), place, read_only=True))
+    return mounts
 
 
 def _group(stream: socket.socket) -> cgroups.Group | None:

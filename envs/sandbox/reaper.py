@@ -89,7 +89,7 @@ def on_start(backend: str, client: Any = None) -> None:
     def its_containers() -> Iterator[Leftover]:
         return containers(client)
 
-    reap(finders=[its_containers, mounts, directories] if backend == "docker" else [groups])
+    reap(finders=[its_containers, mounts, directories] if backend == "docker" else [groups, mounts, directories])
 
 
 def helpers() -> Iterator[Leftover]:

@@ -18,7 +18,7 @@ import pytest
 
 from envs.__main__ import main
 from envs.errors import InfraError, SandboxDead
-from envs.sandbox import cgroups, make_backend, reaper
+from envs.sandbox import cgroups, hoststore, make_backend, reaper
 from envs.sandbox.owner import PREFIX, Owner, current
 from envs.sandbox.reaper import Leftover, Reaped, reap
 
@@ -73,7 +73,7 @@ def processes() -> Iterator[tuple[int, str]]:
 
 def left_by(owner: Owner) -> list[str]:
     """Whatever on this host bears the owner's name."""
-    places = [Path("/tmp"), *(set(found.parents.values()) if (found := cgroups.hierarchy()) else ())]
+    places = [Path("/tmp"), hoststore.ROOT, *(set(found.parents.values()) if (found := cgroups.hierarchy()) else ())]
     named = [str(path) for place in places for path in place.glob(f"{PREFIX}{owner.tag}*")]
     return named + [f"{pid} {command}" for pid, command in processes() if owner.tag in command]
 
@@ -89,7 +89,7 @@ def eventually(check: Callable[[], bool], seconds: float = 20.0) -> bool:
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """Temporary and mounts directory of this test alone."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(reaper, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(reaper, "ROOT", tmp_path / "mounts")
     (tmp_path / "mounts").mkdir()
     return tmp_path, tmp_path / "mounts"
 
@@ -280,13 +280,17 @@ def test_without_an_engine_the_rest_is_reaped(places: tuple[Path, Path], monkeyp
 def test_only_dead_owners_directories_go(places: tuple[Path, Path]) -> None:
     temp, mounts = places
     me = current()
-    gone = [temp / f"{PREFIX}{DEAD.tag}-x", temp / f"{PREFIX}{me._replace(start='9').tag}-y", mounts / DEAD.tag]
+    gone = [
+        temp / f"{PREFIX}{DEAD.tag}-x",
+        temp / f"{PREFIX}{me._replace(start='9').tag}-y",
+        mounts / f"{PREFIX}{DEAD.tag}-1",
+    ]
     kept = [
         temp / f"{PREFIX}{me.tag}-x",
         temp / DEAD.tag,  # not a name of ours there
         temp / "codeworld-1000",
         temp / "codeworld-2024-01-15",
-        mounts / me.tag,
+        mounts / f"{PREFIX}{me.tag}-1",
         temp / f"{PREFIX}{DEAD._replace(host='0' * 8).tag}-z",
     ]
     for path in (*gone, *kept):
@@ -312,7 +316,7 @@ def test_many_reapers_at_once(places: tuple[Path, Path]) -> None:
 
 @pytest.mark.root
 def test_what_is_mounted_is_unmounted_never_emptied(places: tuple[Path, Path], tmp_path: Path) -> None:
-    treasure, inside = tmp_path / "treasure", places[1] / DEAD.tag / "a b"
+    treasure, inside = tmp_path / "treasure", places[1] / f"{PREFIX}{DEAD.tag}-1" / "a b"
     for path in (treasure, inside):
         path.mkdir(parents=True)
     (treasure / "file").write_text("x")
