@@ -112,7 +112,7 @@ def play(args: Any) -> int:
                 return 0
             observation, reward, terminated, truncated, info = env.step(action)
             total += float(reward)
-            print(observation, end="" if observation.endswith("\n") else "\n")
+            print(visible(observation), end="" if observation.endswith("\n") else "\n")
             if terminated or truncated:
                 print(
                     f"end: {info.get('stop', 'submitted')}, outcome {info.get('outcome', '-')}, return {total:g}. {info.get('why', '')}"
@@ -120,6 +120,11 @@ def play(args: Any) -> int:
                 return 0
     finally:
         env.close()
+
+
+def visible(text: str) -> str:
+    """The text with control characters written out: what a sandbox prints may not steer this terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def doctor(args: Any) -> int:

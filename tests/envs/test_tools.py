@@ -105,3 +105,9 @@ def test_bash_says_what_ended_a_command(sandbox):
     assert "begun" in said and "killed after 0.5 seconds without output" in said
     assert tools.bash(sandbox, "seq 1 100000", timeout=5, limit=100).endswith("\n[...]")
     assert len(tools.bash(sandbox, "seq 1 100000", timeout=5, limit=100)) < 120
+
+
+def test_playing_by_hand_shows_control_characters_written_out() -> None:
+    from envs.__main__ import visible
+
+    assert visible("ok\tä\n\x1b]0;title\x07\x9b2J\r\x00") == "ok\tä\n\\x1b]0;title\\x07\\x9b2J\\r\\x00"
