@@ -14,6 +14,7 @@ import pytest
 from envs.errors import Unsupported
 from envs.sandbox import Backend, FileChange, Sandbox, make_backend
 from envs.sandbox.bases import layers_dir
+from envs.sandbox.unpack import unpack
 from tests.envs.images import Entries, docker_archive, entry, system, tar
 
 SYSTEM = system()
@@ -109,6 +110,16 @@ def test_every_form_of_image(backend: Backend, tmp_path: Path, form: Callable[[P
             "0\n/repo\nkeep\nok\n/proc/self/stat\n"
         )
         assert sh(box, "echo $COLOUR $HOME") == ("/root\n" if form in (plain, compressed) else "red /home\n")
+
+
+@pytest.mark.parametrize(("written", "kept"), [(1_000_000_007, 1_000_000_007), (-5, 0), (1 << 50, (1 << 31) - 1)])
+def test_files_keep_their_times(tmp_path: Path, written: int, kept: int) -> None:
+    file = entry(tarfile.REGTYPE)
+    file.mtime = written
+    (tmp_path / "root.tar").write_bytes(tar({"a.py": file}))
+    with (tmp_path / "root.tar").open("rb") as stream:
+        unpack(stream, tmp_path / "to", "x")
+    assert (tmp_path / "to/a.py").stat().st_mtime == kept, "compiled Python is used only beside its source's time"
 
 
 @pytest.fixture
