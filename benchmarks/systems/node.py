@@ -133,12 +133,12 @@ def false_timeouts(cpu: float) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def kept(n: int, files: dict[str, bytes] | None = None) -> Iterator[list[Sandbox]]:
+def kept(n: int, files: dict[str, bytes] | None = None, base: str = "host") -> Iterator[list[Sandbox]]:
     """`n` native sandboxes of a backend of their own, each after its first answer."""
     backend = NativeBackend()
 
     def one(_: int) -> Sandbox:
-        sandbox: Sandbox = backend.create(files=files)
+        sandbox: Sandbox = backend.create(base=base, files=files)
         sandbox.run("true", timeout=60)
         return sandbox
 

@@ -12,6 +12,7 @@ it is ours / floor. `spread` holds the least, the 25th and the 75th percentile o
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import tempfile
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
-from benchmarks.systems import node
+from benchmarks.systems import images, node
 from benchmarks.systems.base import row
 from benchmarks.systems.lanes import IMAGE, Failed, Floor, Ours, Peer, Peers, install
 from envs.errors import CodeworldError
@@ -89,6 +90,9 @@ class Plan:
     busy: int
     cpu: float
     """CPU seconds of a command that must not time out."""
+    image_rounds: int
+    work: int
+    """How much a test of a repository on an image computes: 100000 is about 30 ms."""
 
 
 def plan(quick: bool, rounds: int | None) -> Plan:
@@ -97,8 +101,8 @@ def plan(quick: bool, rounds: int | None) -> Plan:
         raise ValueError(f"--rounds {rounds}: at least 1; leave it out for the default")
     n = rounds or (2 if quick else 10)
     if quick:
-        return Plan(n, max(1, n // 4), (8,), 1.0, 32, 64, 32, 4, 0.25)
-    return Plan(n, max(1, n // 4), (1, 8, 32), 4.0, 32, 512, 256, 32, 1.0)
+        return Plan(n, max(1, n // 4), (8,), 1.0, 32, 64, 32, 4, 0.25, 1, 2000)
+    return Plan(n, max(1, n // 4), (1, 8, 32), 4.0, 32, 512, 256, 32, 1.0, 5, 60_000)
 
 
 class Record:
@@ -315,7 +319,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows += compared(record, q, [lane.name for lane in ours], [lane.name for lane in peers])
     rows += above_floor(record, [lane.name for lane in ours])
     if "native" in names and not isinstance(ours[names.index("native")], Missing):
-        for found in node.measure(p.live, p.busy, p.ready, p.cpu, p.window):
+        node_rows = node.measure(p.live, p.busy, p.ready, p.cpu, p.window)
+        for found in itertools.chain(node_rows, images.measure(p.image_rounds, p.work, 16)):
             record.say(f"done: {found[0]['what']}")
             rows += found
     return {"rows": rows}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,8 @@ class Group:
 
     version: int
     paths: dict[str, Path]
+    _open: dict[str, _File] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Files that are read after every command: opening one costs several times what reading it does."""
 
     def read(self, *, limits_hit: bool) -> Counters:
         """The counters now; the ones that only tell which limit was hit, if asked for (each is a file to read)."""
@@ -44,9 +46,9 @@ class Group:
         memory, pids, cpu = (
             self.paths.get(name) for name in ("memory", "pids", "cpuacct" if self.version == 1 else "cpu")
         )
-        used = _read(cpu, names.cpu, names.cpu_field)
+        used = self._kept(cpu, names.cpu, names.cpu_field)
         return Counters(
-            peak=_read(memory, names.peak),
+            peak=self._kept(memory, names.peak),
             cpu=None if used is None else used * names.cpu_unit,
             memory=_read(memory, names.memory) if limits_hit else None,
             pids=_read(pids, "pids.current") if limits_hit else None,
@@ -54,8 +56,18 @@ class Group:
             pid_refusals=_read(pids, "pids.events", b"max") if limits_hit else None,
         )
 
+    def _kept(self, directory: Path | None, name: str, line: bytes = b"") -> int | None:
+        if directory is None:
+            return None
+        try:
+            file = self._open.get(name) or self._open.setdefault(name, _File(f"{directory}/{name}"))
+            return file.number(line)
+        except (OSError, ValueError):
+            return None
+
     def remove(self) -> None:
         """Remove what is there and empty."""
+        self._open.clear()
         for path in self.paths.values():
             try:
                 path.rmdir()
@@ -206,18 +218,28 @@ _V1_FILES = _Files(
 _V2_FILES = _Files("memory.current", "memory.peak", "memory.events", "cpu.stat", b"usage_usec", 1e-6)
 
 
-def _read(directory: Path | None, name: str, field: bytes = b"") -> int | None:
-    """A number of a cgroup file (of its line `field`); None where there is no such file. Called after each command."""
-    if directory is None:
-        return None
-    try:
-        fd = os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            text = os.read(fd, 4096)
-        finally:
-            os.close(fd)
+class _File:
+    """An open file of a cgroup; it is closed with the last reference."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = -1
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def number(self, field: bytes) -> int | None:
+        """Its number, or that of its line `field`."""
+        text = os.pread(self._fd, 4096, 0)
         if not field:
             return int(text)
         return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(field + b" ")), None)
+
+
+def _read(directory: Path | None, name: str, field: bytes = b"") -> int | None:
+    """A number of a cgroup file; None where there is no such file."""
+    try:
+        return None if directory is None else _File(f"{directory}/{name}").number(field)
     except (OSError, ValueError):
         return None

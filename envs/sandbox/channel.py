@@ -69,6 +69,9 @@ class Channel:
 
     def __init__(self, stream: socket.socket) -> None:
         self.stream = stream
+        limit = struct.pack("ll", int(GRACE), int(GRACE % 1 * 1e6))  # the kernel's: Python's polls before each call
+        for clock in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            stream.setsockopt(socket.SOL_SOCKET, clock, limit)
 
     def ready(self, timeout: float) -> list[int]:
         """Wait for the sandbox to be made; returns the descriptors that it hands out. Raises `SetupError`."""
@@ -81,6 +84,7 @@ class Channel:
                     fds.frombytes(data[: len(data) // 4 * 4])
             if not text:
                 raise ConnectionResetError("end of stream")
+            self.stream.settimeout(None)
         except OSError as error:
             raise SandboxDead(f"sandbox start: no answer ({error})") from error
         if fds:
@@ -139,14 +143,14 @@ class Channel:
     def ask(self, kind: bytes, body: bytes) -> bytes:
         """One request and its reply's body. Raises `OSError` for a refused request, `SandboxDead` for no answer."""
         try:
-            self.stream.settimeout(GRACE)
             self.stream.sendall(struct.pack("<I", len(body) + 1) + kind + body)
             answer, reply = self._reply()
         except BaseException as error:
             self.stream.close()  # also after Ctrl-C: a reply that nobody waits for would answer the next request
             if not isinstance(error, OSError):
                 raise
-            raise SandboxDead(f"the sandbox stopped answering ({error}); its episode can't be judged") from error
+            cause = "timed out" if isinstance(error, BlockingIOError) else error
+            raise SandboxDead(f"the sandbox stopped answering ({cause}); its episode can't be judged") from error
         if answer == b"N":
             number, index = struct.unpack("<iI", reply)
             raise OSError(number, os.strerror(number), index)

@@ -26,6 +26,8 @@ ENTRIES_MAX = 4_000_000
 KEEP_FREE = 1 << 30
 """Bytes that stay free on the cache's file system."""
 
+_LATEST = (1 << 31) - 1
+"""The last time that a file can have, in seconds."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _BROKEN = (tarfile.TarError, EOFError, lzma.LZMAError, gzip.BadGzipFile, ValueError)
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
@@ -221,6 +223,9 @@ def _copy(tar: tarfile.TarFile, entry: tarfile.TarInfo, parent: int, name: str, 
     with os.fdopen(fd, "wb") as file:
         if source is not None:
             shutil.copyfileobj(source, file, 1 << 20)
+        file.flush()
+        when = min(max(entry.mtime, 0), _LATEST)  # compiled Python is used only where its source's time is as it was
+        os.utime(fd, (when, when))
         os.fchmod(fd, mode)
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.systems import node, sandbox, workload
+from benchmarks.systems import images, node, sandbox, workload
 from benchmarks.systems.base import row, tree
 from benchmarks.systems.lanes import IMAGE, Failed
 from benchmarks.systems.sandbox import MINI, REX, Quantity, Record, compared
+from tests.conftest import missing
 
 
 class Lane:
@@ -138,6 +139,18 @@ def test_a_wrong_option_is_one_line(capsys):
             main(["systems", "sandbox", "--no-peers", *argv])
 
 
+def test_time_of_what_has_ended_counts_whoever_started_it():
+    burn = f"{sys.executable} -c 'import time\nwhile time.process_time() < 0.2: pass'"
+    spent = images.cpu_of(lambda: subprocess.run(["bash", "-c", f"{burn}; {burn}; :"], check=True) and None)
+    assert 0.4 <= spent < 2
+
+
+def test_images_that_can_not_be_made_say_why(monkeypatch):
+    monkeypatch.setattr(images, "PACKAGES", ("no-such-package",))
+    ((found,),) = images.measure(1, 1, 1)
+    assert "no-such-package" in found["why"] and (found["goal"], found["met"]) == ("<=5", None)
+
+
 @pytest.mark.native
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="the floor needs a C compiler")
 def test_native_alone_gives_every_row_and_leaves_nothing(tmp_path, capsys):
@@ -157,6 +170,12 @@ def test_native_alone_gives_every_row_and_leaves_nothing(tmp_path, capsys):
     floor = next(r for r in rows if r["peer_name"] == "floor: fork, exec, wait")
     assert floor["ratio"] > 1, "a sandbox costs more than the process in it"
     assert any(r["goal"] == "<=1" for r in rows) and any("false timeouts" in r["what"] for r in rows)
+    on_image = [r for r in result["rows"] if r["backend"] == "native, image"]
+    assert [r["what"] for r in on_image if r["what"] in wanted] == wanted
+    assert missing("docker") or all(r["ours"] for r in on_image), "the image of the engine is measured as well"
+    tests, layer = (next(r for r in on_image if r["what"] == what) for what in (images.OVERHEAD, images.LAYER))
+    assert all(seconds > 0.3 for times in tests["spread"].values() for seconds in times), "the tests are in both"
+    assert 12 <= layer["ours"] < 100, "three files"
     assert result["name"] == "sandbox" and isinstance(result["ok"], bool)
     assert set(tree(os.getpid())) <= before, "no process is left"
     assert not [

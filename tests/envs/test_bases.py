@@ -25,6 +25,7 @@ from envs.sandbox.bases import find_base, layers_at, layers_dir
 from envs.sandbox.docker import DockerBackend
 from envs.sandbox.native import NativeBackend
 from envs.sandbox.stacked import FIRST_UID
+from envs.sandbox.unpack import unpack
 from tests.envs.images import Entries, docker_archive, entry, system, tar
 
 BACKENDS = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("native", "docker")]
@@ -156,6 +157,16 @@ def test_every_form_of_image(
             assert user == 0 and sh(box, "echo $COLOUR $HOME").split() == (["red", "/home"] if colour else ["/root"])
         else:
             assert user > FIRST_UID and sh(box, "echo $COLOUR $HOME").split() == [*([colour] if colour else []), "/tmp"]
+
+
+@pytest.mark.parametrize(("written", "kept"), [(1_000_000_007, 1_000_000_007), (-5, 0), (1 << 50, (1 << 31) - 1)])
+def test_files_keep_their_times(tmp_path: Path, written: int, kept: int) -> None:
+    file = entry(tarfile.REGTYPE)
+    file.mtime = written
+    (tmp_path / "root.tar").write_bytes(tar({"a.py": file}))
+    with (tmp_path / "root.tar").open("rb") as stream:
+        unpack(stream, tmp_path / "to", "x")
+    assert (tmp_path / "to/a.py").stat().st_mtime == kept, "compiled Python is used only beside its source's time"
 
 
 @pytest.fixture

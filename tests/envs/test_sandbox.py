@@ -115,6 +115,22 @@ def test_shell_state_is_kept_and_restored(box: Sandbox) -> None:
     assert sh(box, "echo ${A-unset} $LATE") == "unset 1\n"
 
 
+def test_exports_that_are_too_much_to_keep_end_the_shell(box: Sandbox) -> None:
+    sh(box, "cd sub; export E=1")
+    result = box.run("export BIG=$(printf %01100000d 0) SMALL=2; echo done", timeout=20)
+    assert (result.cause, result.restarted, result.text()) == ("signal", True, "done\n"), result.cause
+    assert sh(box, "pwd; echo $E ${BIG-gone} ${SMALL-gone}") == "/repo/sub\n1 gone gone\n"
+    sh(box, "export BIG=$(printf %0900000d 0)")  # a shell that starts reads them before its first command
+    box.run("exit", timeout=20)
+    assert sh(box, ": ${#BIG}; echo ${#BIG}" + " " * 900_000) == "900000\n"
+
+
+def test_a_command_that_takes_the_shells_place_is_waited_for_at_rest(box: Sandbox) -> None:
+    result = box.run("exec sleep 1", timeout=20)
+    assert (result.cause, result.exit, result.restarted) == ("exit", 0, True)
+    assert result.cpu is None or result.cpu < 0.3, result
+
+
 def test_only_the_declared_environment(box: Sandbox) -> None:
     os.environ["CODEWORLD_TEST_SECRET"] = "x"
     names = {line.partition("=")[0] for line in sh(box, "env").splitlines()}

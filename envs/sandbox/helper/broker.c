@@ -27,29 +27,29 @@
 #define STATE_MAX (1u << 20)
 #define MODE_KEEP 0xffffffffu
 #define BEAT_MS 10000
-enum { FD_OUT = 196, FD_CMD, FD_GO, FD_STATUS };
+enum { FD_CMD = 197, FD_TALK };
 
-static struct { pid_t pid; int out, go, status, fresh; } shell = {-1, -1, -1, -1, 0};
+static struct { pid_t pid; int out, talk; off_t at; } shell = {-1, -1, -1, 0}; /* at: what it has read of cmd */
 static int lost;        /* a shell that was not ended by us is gone since the last reply */
 static int cmd = -1;
 static char cwd[4096], workdir[4096];
 static char **env;      /* of the first shell */
 static char *exports;   /* `export -p` after the last command, for the next shell */
 static uint32_t ticket; /* of the command that was sent last: its status bears it */
-static char *status_text;
-static size_t nstatus;
 static char *cap_buf;   /* output kept: the first half is the head, the second a ring */
 static uint32_t cap;
 static uint64_t total;
 
-/* What the shell runs. Its own descriptors are closed while a command runs (bash keeps close-on-exec copies), so that
- * no process of the command inherits them; its own 0-2 are /dev/null, where what `set -x` says of the loop goes. */
+/* What the shell runs: it takes a command from `cmd`, leaves the exports after it, and says the status in one write, for
+ * which the broker wakes once. Its own descriptors are closed while a command runs (bash keeps close-on-exec copies), so
+ * that no process of the command inherits them; its 1 and 2 are /dev/null, where what `set -x` says of the loop goes, its
+ * 0 is the output. */
 static const char LOOP[] = /* on one line: the shell's messages then number the lines of the command from 1 */
     "IFS= builtin read -r -d '' -u 197 __cw; builtin eval \"$__cw\"; "
     "while IFS=' ' builtin read -r -u 198 __cw_ticket __cw_in; do "
     "IFS= builtin read -r -d '' -u 197 __cw; "
-    "builtin eval \"$__cw\" <\"${__cw_in:-/dev/null}\" >&196 2>&196 196>&- 197<&- 198<&- 199>&-; "
-    "builtin printf '%s %s\\n' \"$?\" \"$__cw_ticket\" >&199; builtin export -p >&199; builtin printf '\\0' >&199; "
+    "builtin eval \"$__cw\" >&0 2>&0 <\"${__cw_in:-/dev/null}\" 197<&- 198<&-; __cw=$?; "
+    "builtin export -p >&197 || __cw=x; builtin printf '%s %s\\0' \"$__cw\" \"$__cw_ticket\" >&198; "
     "done";
 
 static void keep(const char *p, size_t n) {
@@ -80,9 +80,8 @@ static void drop_shell(void) { /* its output is read first: a background process
     int left = 0;
     if (shell.out >= 0 && !ioctl(shell.out, FIONREAD, &left)) drain((size_t)left);
     if (shell.out >= 0) close(shell.out);
-    if (shell.go >= 0) close(shell.go);
-    if (shell.status >= 0) close(shell.status);
-    shell.pid = shell.out = shell.go = shell.status = -1;
+    if (shell.talk >= 0) close(shell.talk);
+    shell.pid = shell.out = shell.talk = -1;
 }
 
 /* Reaps everything that ended; 1 with *how set when the shell was among it. */
@@ -107,18 +106,17 @@ static void kill_everything(void) {
     if (shell.pid > 0) drop_shell();
 }
 
-static void shell_child(const int out, const int go, const int status) {
+static void shell_child(const int out, const int talk) {
     static char *const argv[] = {"bash", "--norc", "--noprofile", "-c", (char *)LOOP, NULL}, *none[] = {NULL};
     sigset_t empty;
     sigemptyset(&empty);
     setsid();
     put("/proc/self/oom_score_adj", "1000"); /* never the broker first */
     int null = open("/dev/null", O_RDWR);
-    if (null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0) _exit(126);
-    if (dup2(out, FD_OUT) < 0 || dup2(cmd, FD_CMD) < 0) _exit(126);
-    if (dup2(go, FD_GO) < 0 || dup2(status, FD_STATUS) < 0) _exit(126);
-    syscall(SYS_close_range, 3, FD_OUT - 1, 0);
-    syscall(SYS_close_range, FD_STATUS + 1, ~0u, 0);
+    if (null < 0 || dup2(out, 0) < 0 || dup2(null, 1) < 0 || dup2(null, 2) < 0) _exit(126);
+    if (dup2(cmd, FD_CMD) < 0 || dup2(talk, FD_TALK) < 0) _exit(126);
+    syscall(SYS_close_range, 3, FD_CMD - 1, 0);
+    syscall(SYS_close_range, FD_TALK + 1, ~0u, 0);
     if (chdir(cwd) && chdir(workdir) && chdir("/")) _exit(126);
     for (int i = 1; i < NSIG; i++) signal(i, SIG_DFL); /* an owner started in the background ignores SIGINT */
     sigprocmask(SIG_SETMASK, &empty, NULL);
@@ -127,62 +125,61 @@ static void shell_child(const int out, const int go, const int status) {
 }
 
 static int start_shell(void) {
-    int out[2] = {-1, -1}, go[2] = {-1, -1}, status[2] = {-1, -1};
+    int out[2] = {-1, -1}, talk[2] = {-1, -1};
     const char *restore = exports ? exports : "";
     size_t n = strlen(restore) + 1;
     if (pwrite(cmd, restore, n, 0) != (ssize_t)n || lseek(cmd, 0, SEEK_SET)) return -1;
-    if (pipe2(out, O_CLOEXEC) || pipe2(go, O_CLOEXEC) || pipe2(status, O_CLOEXEC)) return -1;
-    fcntl(out[0], F_SETFL, O_NONBLOCK), fcntl(status[0], F_SETFL, O_NONBLOCK);
+    if (pipe2(out, O_CLOEXEC) || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, talk)) return -1;
+    fcntl(out[0], F_SETFL, O_NONBLOCK), fcntl(talk[0], F_SETFL, O_NONBLOCK);
     pid_t pid = fork();
-    if (!pid) shell_child(out[1], go[0], status[1]);
-    close(out[1]), close(go[0]), close(status[1]);
-    shell.pid = pid, shell.out = out[0], shell.go = go[1], shell.status = status[0], shell.fresh = (int)n;
+    if (!pid) shell_child(out[1], talk[1]);
+    close(out[1]), close(talk[1]);
+    shell.pid = pid, shell.out = out[0], shell.talk = talk[0], shell.at = (off_t)n;
     if (pid < 0) drop_shell();
-    nstatus = 0;
     return pid < 0 ? -1 : 0;
 }
 
-/* 1 when the whole "STATUS TICKET\nEXPORTS" came, -1 when it is nonsense or bears another command's ticket, else 0. What
- * comes after it stays in status_text: it answers nothing (op_run). */
+/* Takes the exports that the shell has left behind the command. */
+static int take_exports(void) {
+    off_t n = lseek(cmd, 0, SEEK_CUR) - shell.at;
+    if (n < 0 || n >= STATE_MAX) return -1;
+    char *text = must(malloc((size_t)n + 1));
+    if (pread(cmd, text, (size_t)n, shell.at) != n) { free(text); return -1; }
+    free(exports), exports = text, text[n] = 0, shell.at = 0;
+    return 0;
+}
+
+/* 1 when "STATUS TICKET" came, -1 when it is nonsense or bears another command's ticket, else 0. */
 static int read_status(int *exit_status) {
-    for (;;) {
-        ssize_t k = read(shell.status, status_text + nstatus, STATE_MAX - nstatus);
-        if (k < 0 && errno == EINTR) continue;
-        if (k <= 0) break;
-        nstatus += (size_t)k;
-        if (nstatus >= STATE_MAX) return -1;
-    }
-    char *end = memchr(status_text, 0, nstatus), *rest, *last;
-    if (!end) return 0;
-    long value = strtol(status_text, &rest, 10);
+    char text[20] = "", link[64], *rest, *last;
+    ssize_t n = read(shell.talk, text, sizeof text - 1);
+    if (n == 0) close(shell.talk), shell.talk = -1; /* by `exec`: its end is still waited for */
+    if (n <= 0) return 0;
+    long value = strtol(text, &rest, 10);
     unsigned long given = strtoul(rest, &last, 10);
-    if (rest == status_text || last == rest || *last != '\n' || value < 0 || value > 255 || given != ticket) return -1;
+    if (rest == text || last == rest || last != text + n - 1 || *last || value < 0 || value > 255) return -1;
+    if (given != ticket || take_exports()) return -1;
     *exit_status = (int)value;
-    free(exports), exports = must(strdup(last + 1));
-    nstatus -= (size_t)(end + 1 - status_text), memmove(status_text, end + 1, nstatus);
-    char link[64];
     snprintf(link, sizeof link, "/proc/%d/cwd", shell.pid);
-    ssize_t n = readlink(link, cwd, sizeof cwd - 1);
-    if (n > 0) cwd[n] = 0;
+    if ((n = readlink(link, cwd, sizeof cwd - 1)) > 0) cwd[n] = 0;
     return 1;
 }
 
-/* 1 when the shell said something that no command was waiting for: somebody else has hold of its pipes. */
+/* 1 when the shell said something that no command was waiting for: somebody else has hold of its socket. */
 static int out_of_step(void) {
     int left = 0;
-    return shell.pid > 0 && (nstatus || (!ioctl(shell.status, FIONREAD, &left) && left));
+    return shell.pid > 0 && shell.talk >= 0 && !ioctl(shell.talk, FIONREAD, &left) && left;
 }
 
-/* Hands the script to the shell; 0, or -1 when the shell can't take it (it is dead, or its pipe is). */
+/* Hands the script, which a 0 ends, to the shell; 0, or -1 when the shell can't take it (it is dead). */
 static int send_script(const char *script, size_t n, const char *input) {
-    off_t at = shell.fresh;
     char line[80];
-    if (!at && lseek(cmd, 0, SEEK_SET)) return -1;
-    shell.fresh = 0;
-    if (pwrite(cmd, script, n, at) != (ssize_t)n || pwrite(cmd, "", 1, at + (off_t)n) != 1) return -1;
+    if (!shell.at && lseek(cmd, 0, SEEK_SET)) return -1;
+    if (pwrite(cmd, script, n + 1, shell.at) != (ssize_t)n + 1) return -1;
+    shell.at += (off_t)n + 1;
     if (getrandom(&ticket, sizeof ticket, 0) != sizeof ticket) return -1;
     int k = snprintf(line, sizeof line, "%u %s\n", ticket, input);
-    return write(shell.go, line, (size_t)k) == k ? 0 : -1;
+    return write(shell.talk, line, (size_t)k) == k ? 0 : -1;
 }
 
 static int64_t now_ms(void) {
@@ -235,7 +232,7 @@ static int await(const uint32_t clocks[3], int *value, int *again) { /* timeout_
     if (every > least / 2) every = least / 2; /* the second look is no later than the first limit */
     for (int st, ready;;) {
         struct pollfd p[4] = {
-            {ctl, POLLRDHUP, 0}, {shell.out, POLLIN, 0}, {shell.status, POLLIN, 0}, {sigfd, POLLIN, 0}};
+            {ctl, POLLRDHUP, 0}, {shell.out, POLLIN, 0}, {shell.talk, POLLIN, 0}, {sigfd, POLLIN, 0}};
         uint64_t before = total;
         int64_t left = at + every - now_ms();
         if (poll(p, 4, left > 0 ? (int)left : 0) < 0 && errno != EINTR) _exit(71);
@@ -422,7 +419,7 @@ static void serve(void) {
 void broker(void) {
     ready();
     strcpy(cwd, workdir);
-    cap = 4096, cap_buf = must(malloc(cap)), status_text = must(malloc(STATE_MAX));
+    cap = 4096, cap_buf = must(malloc(cap));
     for (int st;;) {
         struct pollfd p[3] = {{ctl, POLLIN | POLLRDHUP, 0}, {shell.out, POLLIN, 0}, {sigfd, POLLIN, 0}};
         if (poll(p, 3, -1) < 0 && errno != EINTR) _exit(71);
@@ -441,7 +438,7 @@ void prepare_broker(const char *dir, const char *view) {
     if (sigprocmask(SIG_SETMASK, &chld, NULL)) die("sigprocmask", "");
     if ((sigfd = signalfd(-1, &chld, SFD_CLOEXEC | SFD_NONBLOCK)) < 0) die("signalfd", "");
     cmd = memfd_create("commands", MFD_CLOEXEC | MFD_ALLOW_SEALING); /* sealed: the shell's user could grow it */
-    if (cmd < 0 || ftruncate(cmd, SCRIPT_MAX + STATE_MAX + 2)) die("memfd", "");
+    if (cmd < 0 || ftruncate(cmd, SCRIPT_MAX + 2 * STATE_MAX + 2)) die("memfd", "");
     if (fcntl(cmd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL)) die("memfd seal", "");
     if ((seen_fds[nseen++] = open(view, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0) die("open", view);
     umask(022);
