@@ -6,8 +6,10 @@ moves a process: the new sandbox joins its own cgroups before it runs anything.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -65,14 +67,22 @@ class Group:
         except (OSError, ValueError):
             return None
 
-    def remove(self) -> None:
-        """Remove what is there and empty."""
+    def close(self) -> None:
+        """Close the files that `read` keeps open."""
         self._open.clear()
+
+    def remove(self, patience: float = 5.0) -> None:
+        """Remove what is there; what has just died leaves a moment later, so a busy one is tried again until `patience`."""
+        deadline = time.monotonic() + patience
         for path in self.paths.values():
-            try:
-                path.rmdir()
-            except OSError:
-                pass
+            while True:
+                try:
+                    path.rmdir()
+                except OSError as error:
+                    if error.errno == errno.EBUSY and time.monotonic() < deadline:
+                        time.sleep(0.002)
+                        continue
+                break
 
 
 @dataclass(frozen=True)

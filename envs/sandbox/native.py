@@ -157,7 +157,7 @@ class _Zygote:
 
 
 def _raise_file_limit() -> None:
-    """Each sandbox takes five descriptors of this process; the usual soft limit is for programs that use `select`."""
+    """Each sandbox takes up to seven descriptors of this process; the usual soft limit is for programs that use `select`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

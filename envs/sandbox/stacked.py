@@ -104,6 +104,8 @@ class Live:
             return
         self.ended = True
         self.stop()
+        if self.group:
+            self.group.close()
         for fd in (self.root, self.origin):
             if fd is not None:
                 os.close(fd)
