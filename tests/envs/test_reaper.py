@@ -170,7 +170,7 @@ def test_a_killed_helper_takes_its_sandboxes_along() -> None:
         assert again.run("true", timeout=20).ok
     box.close()
     backend.close()
-    assert not [name for name in left_by(current()) if name.endswith(box.id.rpartition("-")[2])]
+    assert not [name for name in left_by(current()) if name.endswith("-" + box.id.rpartition("-")[2])]
 
 
 @pytest.mark.native
