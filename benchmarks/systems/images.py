@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
@@ -55,10 +56,12 @@ def test_{0}(n, tmp_path):
     assert len(json.loads((tmp_path / "out.json").read_text())) == 4
 """
 EDITED = ("pkg/m0.py", "pkg/m1.py")
+EDITS = 20
 
 
 OVERHEAD = "overhead of an episode on an image (2 edits, 2 test runs, diff, grading): CPU"
 LAYER = "one more task of a repository: layer cache"
+DIFF = "changes: 20 edits in 5000 files that the image holds"
 IDLE = "one more task of a repository: memory of an idle sandbox, charged to its cgroup"
 LANE = "native, image"
 
@@ -68,11 +71,12 @@ def measure(rounds: int, work: int, idle: int) -> Iterator[list[dict[str, Any]]]
     with tempfile.TemporaryDirectory(prefix="codeworld-images-") as directory:
         layers: tuple[str, ...] = ()
         try:
-            image, task = make_images(Path(directory), work)
+            image, task, tree = make_images(Path(directory), work)
             further, first = find_base(str(task)), find_base(str(image))
-            layers = further.layers[1:]  # all but what every image has on top
+            layers = (*further.layers[1:], find_base(str(tree)).layers[1])  # all but what every image has on top
             yield overhead(str(image), first, rounds)
-            yield further_task(str(task), set(layers) - set(first.layers), idle)
+            yield further_task(str(task), set(further.layers) - set(first.layers), idle)
+            yield diff_of_a_tree(str(tree), 4 * rounds)
         except (CodeworldError, PackageNotFoundError, RuntimeError, OSError) as error:
             yield [row(OVERHEAD, None, unit="%", goal="<=5", backend=LANE, why=" ".join(f"{error}".split())[:300])]
         finally:
@@ -105,6 +109,29 @@ def further_task(image: str, layers: set[str], idle: int) -> list[dict[str, Any]
     return [
         row(LAYER, blocks / 2, unit="KiB", backend=LANE),
         row(IDLE, memory, unit="KiB", n=len(charged), backend=LANE, why=why),
+    ]
+
+
+def diff_of_a_tree(image: str, rounds: int) -> list[dict[str, Any]]:
+    """Time of `changes()`, which looks at what was touched, whatever the size of the tree."""
+    with kept(1, base=image) as (box,):
+        box.run(f"for i in {{1..{EDITS}}}; do echo x >>d$i/f0.py; done", timeout=60)
+        times = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            found = len(box.changes())
+            times.append(1e3 * (time.perf_counter() - began))
+    if found != EDITS:
+        raise RuntimeError(f"{EDITS} files were edited, {found} are among the changes")
+    return [
+        row(
+            DIFF,
+            statistics.median(times),
+            unit="ms",
+            n=rounds,
+            spread=[round(x, 3) for x in (min(times), max(times))],
+            backend=LANE,
+        )
     ]
 
 
@@ -168,14 +195,17 @@ def edited(source: bytes) -> bytes:
 # ---- the images ----
 
 
-def make_images(directory: Path, work: int) -> tuple[Path, Path]:
-    """Archives of an image and of another that adds one small layer, as `docker save` writes them."""
+def make_images(directory: Path, work: int) -> tuple[Path, Path, Path]:
+    """Archives of an image, of another that adds one small layer, and of one with a large tree, as `docker save` writes
+    them."""
     repository = _tar({**_packages(), **_repository(work)})
     system = _tar(_system())
     commit = _tar({f"repo/pkg/m{i}.py": MODULE.encode() + b"\n\nNEXT = 1\n" for i in range(3)})
+    tree = _tar({f"repo/d{i}/f{j}.py": f"# {i} {j}\n".encode() * 40 for i in range(100) for j in range(50)})
     return (
         _archive(directory / "first.tar", [system, repository]),
         _archive(directory / "further.tar", [system, repository, commit]),
+        _archive(directory / "tree.tar", [system, tree]),
     )
 
 
