@@ -319,7 +319,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows += compared(record, q, [lane.name for lane in ours], [lane.name for lane in peers])
     rows += above_floor(record, [lane.name for lane in ours])
     if "native" in names and not isinstance(ours[names.index("native")], Missing):
-        node_rows = node.measure(p.live, p.busy, p.ready, p.cpu, p.window)
+        node_rows = node.measure(p.live, p.busy, p.ready, p.cpu, 5 * p.window)
         for found in itertools.chain(node_rows, images.measure(p.image_rounds, p.work, 16)):
             record.say(f"done: {found[0]['what']}")
             rows += found
