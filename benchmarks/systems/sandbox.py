@@ -90,6 +90,8 @@ class Plan:
     busy: int
     cpu: float
     """CPU seconds of a command that must not time out."""
+    beside: float
+    """Seconds of commands beside running tests."""
     image_rounds: int
     work: int
     """How much a test of a repository on an image computes: 100000 is about 30 ms."""
@@ -319,7 +321,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows += compared(record, q, [lane.name for lane in ours], [lane.name for lane in peers])
     rows += above_floor(record, [lane.name for lane in ours])
     if "native" in names and not isinstance(ours[names.index("native")], Missing):
-        node_rows = node.measure(p.live, p.busy, p.ready, p.cpu, 5 * p.window)
+        node_rows = node.measure(p.live, p.busy, p.ready, p.cpu, p.beside)
         for found in itertools.chain(node_rows, images.measure(p.image_rounds, p.work, 16)):
             record.say(f"done: {found[0]['what']}")
             rows += found
