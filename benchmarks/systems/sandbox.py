@@ -103,8 +103,8 @@ def plan(quick: bool, rounds: int | None) -> Plan:
         raise ValueError(f"--rounds {rounds}: at least 1; leave it out for the default")
     n = rounds or (2 if quick else 10)
     if quick:
-        return Plan(n, max(1, n // 4), (8,), 1.0, 32, 64, 32, 4, 0.25, 1, 2000)
-    return Plan(n, max(1, n // 4), (1, 8, 32), 4.0, 32, 512, 256, 32, 1.0, 5, 60_000)
+        return Plan(n, max(1, n // 4), (8,), 1.0, 32, 64, 32, 4, 0.25, 1.0, 1, 2000)
+    return Plan(n, max(1, n // 4), (1, 8, 32), 4.0, 32, 512, 256, 32, 1.0, 20.0, 5, 60_000)
 
 
 class Record:
