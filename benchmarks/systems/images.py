@@ -129,7 +129,7 @@ def diff_of_a_tree(image: str, rounds: int) -> list[dict[str, Any]]:
             statistics.median(times),
             unit="ms",
             n=rounds,
-            spread=[round(x, 3) for x in (min(times), max(times))],
+            spread={"least and most": [round(min(times), 3), round(max(times), 3)]},
             backend=LANE,
         )
     ]
