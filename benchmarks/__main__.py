@@ -63,9 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     result |= module.run(args)
     goals = [r["met"] for r in result["rows"] if r["goal"]]
     result["ok"] = all(goals)
-    getattr(module, "show", show)(result["rows"])
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+    getattr(module, "show", show)(result["rows"])
     return 0
 
 

@@ -45,9 +45,9 @@ def user_errors(main: Callable[[], int]) -> int:
     """
     try:
         return main()
-    except (ValueError, InfraError) as error:
+    except (ValueError, InfraError, FileNotFoundError, PermissionError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 1 if isinstance(error, InfraError) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -8,6 +8,7 @@ creation only, for a limit that the host can't enforce.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
@@ -22,7 +23,7 @@ Clock = Literal["total", "silence"]
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one sandbox may use. Every field is enforced, or creation is refused with a line that says why."""
+    """What one sandbox may use. Every field is enforced as it says, or creation is refused with a line that says why."""
 
     memory_mb: int = 512
     """Resident memory of all its processes together, MiB. As root: a cgroup. As an ordinary user without cgroup
@@ -30,16 +31,22 @@ class Limits:
     pids: int = 64
     """Processes and threads alive at once."""
     disk_mb: int = 64
-    """Bytes that the work directory and `/tmp` may hold together, MiB (a size-capped tmpfs: it counts as memory)."""
+    """Bytes that may be written, MiB (a size-capped tmpfs: it counts as memory). A fork has as much again: what its parent
+    wrote is a layer below."""
     output_kb: int = 64
     """Output kept of one command, KiB: half from its head, half from its tail. The true total is always reported."""
     cpus: float = 1.0
-    """CPU cores; enforced where cgroups are (as root), else only by timeouts, stated by the doctor."""
+    """CPU cores; enforced where cgroups are (as root). Without them any other value than the default is refused, and the
+    default is only enforced by timeouts, stated by the doctor."""
 
     def __post_init__(self) -> None:
-        for name in ("memory_mb", "pids", "disk_mb", "output_kb", "cpus"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"limits.{name}={getattr(self, name)} must be above 0; leave it out for the default")
+        least = {"memory_mb": 8, "pids": 1, "disk_mb": 1, "output_kb": 1}
+        for name in (*least, "cpus"):
+            value, kinds = getattr(self, name), int if name in least else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+                raise ValueError(f"limits.{name}={value!r}: not a number of its kind; leave it out for the default")
+            if value < least.get(name, 0.01):
+                raise ValueError(f"limits.{name}={value} must be at least {least.get(name, 0.01)}; raise it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +98,8 @@ class FileChange:
 
 
 Changes = Mapping[str, FileChange]
-"""The diff of the work directory against its start: relative POSIX path → change. Regular files only."""
+"""The diff of the work directory against its start: relative POSIX path → change. Regular files only, whose names are
+UTF-8 and at most 128 directories deep (`envs/sandbox/walk.py` says what else is left out)."""
 
 
 class Snapshot:

@@ -1,7 +1,8 @@
 """What a sandbox stands on: the host's own system, or an image, unpacked once into a cache of layers.
 
-A layer of an image is named by (the first digits of) the SHA-256 of its uncompressed archive, which is checked when it is unpacked, so images
-share what they have in common and none can pass off its content as another's. Nothing of a layer is ever written again.
+A layer of an image is named by (the first digits of) the SHA-256 of its uncompressed archive, which is checked when it is
+unpacked, so images share what they have in common and none can pass off its content as another's. Nothing of a layer is
+ever written again.
 """
 
 from __future__ import annotations
@@ -67,8 +68,14 @@ def find_base(name: str) -> Base:
 
 
 def is_archive(name: str) -> bool:
-    """Whether `name` is a path rather than the name of a Docker image."""
-    return name.startswith((".", "/")) or Path(name).exists()
+    """Whether `name` is a path rather than the name of a Docker image. Raises `Unsupported` for what is neither."""
+    try:
+        path = Path(name)
+        return name.startswith((".", "/")) or path.is_file() or (path / "oci-layout").is_file()
+    except (OSError, ValueError) as error:
+        raise Unsupported(
+            f'base={name[:80]!r}: {error}; give "host", an archive or the name of a Docker image'
+        ) from None
 
 
 def layers_at(base: Base, path: str) -> list[str]:
@@ -124,6 +131,8 @@ def _archive(path: Path) -> Base:
         raise Unsupported(
             f"base={str(path)!r}: {error.strerror}; give a tar archive, an OCI layout or the name of a Docker image"
         ) from None
+    if not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode):
+        raise Unsupported(f"base={str(path)!r}: neither a file nor a directory; give a tar archive or an OCI layout")
     return _archive_at(path.absolute(), info.st_size, info.st_mtime_ns)
 
 
@@ -142,7 +151,8 @@ def _archive_at(path: Path, size: int, mtime_ns: int) -> Base:
                     return _image(store, what)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return _checked((_unpack(lambda: path.open("rb"), what, digest, image=False),), {}, what)
+        with _undone() as made:
+            return _checked((_unpack(lambda: path.open("rb"), what, digest, made, image=False),), {}, what)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise Unsupported(f"{what}: not a readable archive ({error}); make it again, e.g. with `docker save`") from None
 
@@ -167,6 +177,10 @@ def _docker_image(name: str) -> Base:
             raise Unsupported(
                 f"{what}: no such image here and no such file; docker pull {name}, or see docker/README.md"
             ) from None
+        except docker.errors.APIError as error:
+            cause = " ".join(str(error.explanation or error).split())[:200]
+            raise Unsupported(f'{what}: {cause}; give "host", an archive or the name of a local image') from None
+        _check_architecture(found.attrs.get("Architecture"), what)
         names = layer_names(found)
         if not all((layers_dir() / name).is_dir() for name in names):
             with tempfile.TemporaryFile(dir=cache_dir()) as file:
@@ -249,10 +263,18 @@ def _image(store: _Store, what: str) -> Base:
         raise Unsupported(
             f"{what}: an image archive without a readable manifest ({error!r}); make it again with `docker save`"
         ) from None
+    _check_architecture(config.get("architecture"), what)
+    with _undone() as made:
+        return _unpack_image(store, digests, blobs, env, what, made)
+
+
+def _unpack_image(
+    store: _Store, digests: list[str], blobs: list[str], env: Mapping[str, str], what: str, made: list[str]
+) -> Base:
     layers: list[str] = []
     for digest, blob in zip(digests, blobs, strict=True):
         try:
-            layers.insert(0, _unpack(functools.partial(store.open, blob), what, digest))
+            layers.insert(0, _unpack(functools.partial(store.open, blob), what, digest, made))
         except KeyError:
             raise Unsupported(f"{what}: layer {blob!r} is missing; make it again with `docker save`") from None
     return _checked(tuple(layers), env, what)
@@ -278,17 +300,26 @@ def _docker_manifest(store: _Store) -> tuple[Any, list[str]]:
 
 def _oci_manifest(store: _Store) -> tuple[Any, list[str]]:
     found = _json(store, "index.json")
-    while "manifests" in found:  # an index may hold indexes
-        found = _json(store, _blob(_for_this_machine(found["manifests"])))
+    for _ in range(8):  # an index may hold indexes
+        if "manifests" in found:
+            found = _json(store, _blob(_for_this_machine(found["manifests"])))
     return _json(store, _blob(found["config"])), [_blob(layer) for layer in found["layers"]]
 
 
+OURS = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+"""This machine's architecture, as images call it."""
+
+
 def _for_this_machine(manifests: list[Any]) -> Any:
-    ours = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
-    fits = [m for m in manifests if m.get("platform", {}).get("architecture", ours) == ours]
+    fits = [m for m in manifests if m.get("platform", {}).get("architecture", OURS) == OURS]
     if not fits:
-        raise ValueError(f"no manifest for {ours}")
+        raise ValueError(f"no manifest for {OURS}")
     return fits[0]
+
+
+def _check_architecture(theirs: Any, what: str) -> None:
+    if theirs and theirs != OURS:
+        raise Unsupported(f"{what}: an image for {theirs}, this machine is {OURS}; get the one for {OURS}")
 
 
 def _blob(descriptor: Any) -> str:
@@ -301,9 +332,24 @@ def _blob(descriptor: Any) -> str:
 # ---- the cache ----
 
 
-def _unpack(open_: Callable[[], IO[bytes]], what: str, digest: str, *, image: bool = True) -> str:
+@contextlib.contextmanager
+def _undone() -> Iterator[list[str]]:
+    """Layers that are made for an image which is refused in the end are removed again."""
+    made: list[str] = []
+    try:
+        yield made
+    except BaseException:
+        for name in made:
+            remove_tree(layers_dir() / name)
+        raise
+
+
+def _unpack(
+    open_: Callable[[], IO[bytes]], what: str, digest: str, made: list[str] | None = None, *, image: bool = True
+) -> str:
     """Put one archive into the cache, if it is not there; returns its name, the first digits of `digest`.
 
+    made: is told the name of a layer that was not there.
     image: `digest` is what somebody says of the uncompressed archive, so it is checked; else it is ours, of the file.
     """
     kept = layers_dir() / digest[:_NAME]
@@ -320,6 +366,8 @@ def _unpack(open_: Callable[[], IO[bytes]], what: str, digest: str, *, image: bo
                         f"{what}: layer {digest[:12]} has other content than its digest says; fetch it again"
                     )
                 draft.rename(kept)
+                if made is not None:
+                    made.append(kept.name)
     return kept.name
 
 

@@ -9,6 +9,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Self
 
 from envs.errors import SandboxDead, Unsupported
@@ -18,6 +19,7 @@ from envs.sandbox.channel import OUTPUT_MAX, SCRIPT_MAX, STDIN_MAX, Channel, Rep
 
 Files = Mapping[str, "bytes | FileChange"]
 
+MOST_CPUS = 4096
 _SHELL_OWN = frozenset(("_", "SHLVL", "PWD"))
 
 
@@ -46,13 +48,33 @@ def start_from(base: str, workdir: str, files: Files | None, limits: Limits) -> 
         or "\0" in workdir
     ):
         raise ValueError(f"workdir={workdir!r}: it must be an absolute path without '..'; e.g. '/repo'")
+    _check_host(limits)
     tree = {}
     for path, value in (files or {}).items():
+        if not isinstance(value, bytes | FileChange):
+            raise ValueError(f"files[{path!r}]: {type(value).__name__}; give bytes, or a FileChange")
+        if any(parent in (files or {}) for parent in map(str, PurePosixPath(path).parents)):
+            raise ValueError(f"files[{path!r}]: it lies below another of the files, which can't be a directory then")
         parts = path.split("/")
         if not path or "\0" in path or any(part in ("", ".", "..") for part in parts):
             raise ValueError(f"files[{path!r}]: paths are relative to the work directory, without '.', '..' or '//'")
         tree[path] = value if isinstance(value, FileChange) else FileChange(value)
     return Start(base=base, workdir=workdir, files=tree, origin=tree)
+
+
+def _check_host(limits: Limits) -> None:
+    """Refuse what no sandbox on this host could be given."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    pids = int(Path("/proc/sys/kernel/pid_max").read_text())
+    for name, most, what in (
+        ("memory_mb", memory, "MiB"),
+        ("disk_mb", memory, "MiB of memory"),
+        ("pids", pids, "pids"),
+    ):
+        if (value := getattr(limits, name)) > most:
+            raise Unsupported(f"limits.{name}={value}: this host has {most} {what}; lower it")
+    if limits.cpus > MOST_CPUS:
+        raise Unsupported(f"limits.cpus={limits.cpus}: more than {MOST_CPUS} cores; lower it")
 
 
 class BrokeredSandbox(ABC):
@@ -85,6 +107,11 @@ class BrokeredSandbox(ABC):
         try:
             self._channel.write(files)
         except OSError as error:
+            if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP):
+                path = str(error.filename).removeprefix(f"{start.workdir}/")
+                raise Unsupported(
+                    f"files[{path!r}]: {error.strerror}; the base has something else there: give another path"
+                ) from error
             if error.errno not in (errno.ENOSPC, errno.EFBIG):
                 raise
             size = sum(len(data) for _, data, _ in files)
@@ -97,6 +124,8 @@ class BrokeredSandbox(ABC):
     def run(self, script: str, *, timeout: float, stdin: bytes = b"", silence: float | None = None) -> Result:
         """Run `script` in the persistent shell."""
         self._check_open()
+        if not isinstance(timeout, int | float) or timeout != timeout:
+            raise ValueError(f"timeout={timeout!r}: not a number of seconds")
         raw = _encode(script)
         if len(stdin) > STDIN_MAX:
             raise ValueError(f"stdin of {len(stdin)} bytes: more than {STDIN_MAX}; write() a file and redirect it")
@@ -130,6 +159,8 @@ class BrokeredSandbox(ABC):
 
     def fork(self, n: int) -> list[Sandbox]:
         """`n` sandboxes that start from here."""
+        if n < 1:
+            raise ValueError(f"fork({n}): at least 1")
         children: list[Sandbox] = []
         with self.snapshot() as frozen:
             try:

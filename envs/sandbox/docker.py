@@ -68,6 +68,8 @@ class DockerSandbox(StackedSandbox):
 
     def fork(self, n: int) -> list[Sandbox]:
         """`n` sandboxes that start from here, all at once, as each is a wait for the engine."""
+        if n < 1:
+            raise ValueError(f"fork({n}): at least 1")
         frozen, go_on = self._freeze()
         with frozen, ThreadPoolExecutor(_AT_ONCE) as pool:
             resumed, starts = pool.submit(go_on), [pool.submit(frozen.start) for _ in range(n)]
@@ -128,7 +130,7 @@ class DockerBackend(StackedBackend):
                 f"base={base!r}: it declares a volume inside the work directory, {inner[0]}, which hides it from changes();"
                 " make an image without, or use the native backend"
             )
-        return self.launch(start, limits, World(found.base, next(NUMBERS)))
+        return self.first(start, limits, World(found.base, next(NUMBERS)))
 
     def close(self) -> None:
         """Close every sandbox and the connection to the engine."""
@@ -259,7 +261,7 @@ class DockerBackend(StackedBackend):
             "mem_limit": memory,
             "memswap_limit": memory,
             "pids_limit": limits.pids + cgroups.OWN_PIDS,
-            "nano_cpus": int(limits.cpus * 1e9),
+            "nano_cpus": int(min(limits.cpus, os.cpu_count() or 1) * 1e9),
             "ulimits": [
                 limit(name="core", soft=0, hard=0),
                 limit(name="nofile", soft=4096, hard=4096),

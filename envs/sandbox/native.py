@@ -60,7 +60,7 @@ class NativeBackend(StackedBackend):
         limits = limits or Limits()
         start = start_from(base, workdir, files, limits)
         check_workdir(workdir, image=base != "host")
-        return self.launch(start, limits, World(find_base(base), next(NUMBERS)))
+        return self.first(start, limits, World(find_base(base), next(NUMBERS)))
 
     def close(self) -> None:
         """Close every sandbox and the helper."""
@@ -85,7 +85,7 @@ class NativeBackend(StackedBackend):
             mine.close()
             store.drop()
             if isinstance(error, SetupError):
-                raise _explain(error) from None
+                raise _explain(error, start.workdir, again=bool(world.frozen)) from None
             raise
         found = cgroups.hierarchy()
         counted = found.group(group) if found else None
@@ -201,6 +201,11 @@ def _request(number: int, group: str, workdir: str, limits: Limits, world: World
         dirs, writes = found.plan(group, limits)
         ops += [_Op.JOIN_CGROUP(path, file) for path, file in dirs]
         ops += [_Op.WRITE(file, value) for file, value in writes]
+    elif limits.cpus != Limits.cpus:
+        raise Unsupported(
+            f"limits.cpus={limits.cpus}: without cgroups nothing enforces it; leave it out, start as root, or in a delegated"
+            " cgroup (systemd-run --user -p Delegate=yes)"
+        )
     else:
         ops.append(_Op.REFUSE_MEMORY())
     ops += _limit_ops(limits, capped=found is not None)
@@ -240,8 +245,14 @@ def _limit_ops(limits: Limits, *, capped: bool) -> list[bytes]:
     return [_Op.RLIMIT(int(name), value) for name, value in values.items()]
 
 
-def _explain(error: SetupError) -> Exception:
-    if error.errno not in _FORBIDDEN:
+def _explain(error: SetupError, workdir: str, *, again: bool) -> Exception:
+    """again: it goes on from a world that was possible, which may have been broken from inside."""
+    step = str(error).partition(" ")[0]
+    if not again and step == "make":
+        return Unsupported(f"workdir={workdir!r}: {error}; it must be, or become, a directory without links on the way")
+    if step in ("write", "rlimit") and error.errno in (errno.EINVAL, errno.ERANGE):
+        return Unsupported(f"limits: the kernel refuses one ({error}); lower it")
+    if again or error.errno not in _FORBIDDEN:
         return InfraError(f"sandbox start: {error}")
     if not unprivileged():
         return Unsupported(

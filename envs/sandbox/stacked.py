@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from envs.errors import Unsupported
 from envs.sandbox import cgroups
 from envs.sandbox.base import Changes, Limits, Snapshot
 from envs.sandbox.bases import Base
@@ -124,7 +125,8 @@ class StackedSandbox(BrokeredSandbox):
         self._check_open()
         live, origin = self._live, self._start.origin
         uppers = [store.upper for store in (live.store, *live.world.frozen)]
-        return overlay_changes(live.root, uppers, live.origin, live.workdir, origin, self.limits.disk_mb << 20)
+        budget = (self.limits.disk_mb << 20) * len(uppers)  # each store may be full
+        return overlay_changes(live.root, uppers, live.origin, live.workdir, origin, budget)
 
     def snapshot(self) -> Snapshot:
         """The file system and the shell's state. Every process of this sandbox ends for it."""
@@ -184,10 +186,25 @@ class StackedBackend(ABC):
 
     def __init__(self) -> None:
         self._live: weakref.WeakValueDictionary[str, StackedSandbox] = weakref.WeakValueDictionary()
+        self._proven: set[str] = set()
 
     @abstractmethod
     def start(self, start: Start, limits: Limits, world: World) -> Live:
         """Start a sandbox: a broker that answers, nothing booted yet."""
+
+    def first(self, start: Start, limits: Limits, world: World) -> StackedSandbox:
+        """`launch` for a new world. A base's shell is tried once: one that can't run would fail every command."""
+        sandbox = self.launch(start, limits, world)
+        if world.base.image and start.base not in self._proven:
+            result = sandbox.run(":", timeout=60.0)
+            if not result.ok:
+                sandbox.close()
+                raise Unsupported(
+                    f"base={start.base!r}: its bash does not run here ({result.cause} {result.exit}); is it whole, and an"
+                    " image for this machine?"
+                )
+            self._proven.add(start.base)
+        return sandbox
 
     def launch(self, start: Start, limits: Limits, world: World) -> StackedSandbox:
         """Start a sandbox, ready for commands."""

@@ -2,8 +2,8 @@
 
 No process of the sandbox takes part. Links are never followed, and every open is relative to a directory that was
 opened before, so a swap between check and use leads nowhere else. Left out, as though absent: everything that is not a
-regular file, sparse files (their apparent size is not bounded by the disk limit), names that are not UTF-8, what is
-deeper than `DEPTH`, and what its own mode hides from this user.
+regular file, names that are not UTF-8, what is deeper than `DEPTH`, what its own mode hides from this user, and what
+is larger than the disk limits allow (a file with holes may seem to be).
 """
 
 from __future__ import annotations
@@ -40,14 +40,17 @@ def overlay_changes(
     root: the sandbox's root as it is. uppers: upper directories of the overlay, where whatever was touched is. origin: the
     root as it was before `given` (the files put into `workdir` at the start); None where it had no work directory.
     """
-    paths, was = set(given), dict[str, FileChange]()
+    paths = set(given)
     for upper in uppers:
         paths.update(_touched(upper, workdir))
-    if origin is not None:
-        for prefix in tuple(paths - given.keys()):  # where a name stands, there may have been a directory
-            paths.update(_names(origin, workdir, prefix))
-        was = _read(_some(origin, workdir, paths - given.keys()), 1 << 62)
-    return diff(was | dict(given), _read(_some(root, workdir, paths), budget))
+    if origin is None:
+        return diff(given, _read(_some(root, workdir, paths), budget))
+    for prefix in tuple(paths - given.keys()):  # a file or link `x` now: the origin's `x/a` and `x/b` are gone
+        paths.update(_names(origin, workdir, prefix))
+    now = _read(_some(root, workdir, paths), budget)
+    sizes = {path: len(change.data or b"") for path, change in now.items()}
+    was = _read(_some(origin, workdir, paths - given.keys()), 1 << 62, sizes)
+    return diff(was | dict(given), now)
 
 
 def diff(origin: Mapping[str, FileChange], now: Mapping[str, FileChange]) -> Changes:
@@ -61,12 +64,16 @@ File = tuple[str, int, os.stat_result]
 """Path, open descriptor (the receiver closes it), status."""
 
 
-def _read(files: Iterable[File], budget: int) -> dict[str, FileChange]:
+def _read(files: Iterable[File], budget: int, sizes: Mapping[str, int] | None = None) -> dict[str, FileChange]:
+    """The content of files, `budget` bytes in all. With `sizes`, only of those that have theirs; the rest are only named."""
     links: dict[tuple[int, int], bytes] = {}
     found = {}
     for path, fd, info in files:
         inode = (info.st_dev, info.st_ino)
         with os.fdopen(fd, "rb", buffering=0) as file:
+            if sizes is not None and sizes.get(path) != info.st_size:
+                found[path] = FileChange(b"", 0)
+                continue
             data = links.get(inode)
             if data is None:
                 data = _content(file.fileno(), info.st_size) if info.st_size <= budget else None
@@ -82,7 +89,7 @@ def _read(files: Iterable[File], budget: int) -> dict[str, FileChange]:
 
 
 def _open(directory: int, name: str) -> tuple[int, os.stat_result] | None:
-    """Descriptor and status of a directory or a regular file that is not sparse."""
+    """Descriptor and status of a directory or a regular file."""
     try:
         name.encode()
         kind = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
@@ -92,7 +99,7 @@ def _open(directory: int, name: str) -> tuple[int, os.stat_result] | None:
     except (OSError, ValueError):
         return None
     info = os.fstat(fd)
-    if stat.S_ISDIR(info.st_mode) or (stat.S_ISREG(info.st_mode) and info.st_blocks * 512 >= info.st_size):
+    if stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode):
         return fd, info
     os.close(fd)
     return None

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from envs.errors import InfraError, Unsupported
-from envs.sandbox import Backend, FileChange, Limits, Sandbox, cgroups, hoststore, make_backend, reaper
+from envs.sandbox import Backend, FileChange, Limits, Sandbox, cgroups, hoststore, make_backend, reaper, walk
 from envs.sandbox import docker as docker_backend
 from envs.sandbox.bases import find_base, layers_at, layers_dir
 from envs.sandbox.docker import DockerBackend
@@ -235,6 +235,26 @@ def test_a_world_broken_from_inside_gives_no_way_out(backend: Backend, image: st
     assert not (tmp_path / "escaped").exists()
 
 
+@NATIVE
+def test_changes_reads_no_more_than_it_says(backend: Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holes are content; of what was deleted or has another size, the image's content is not read."""
+    big: Entries = {"repo/big": bytes(9 << 20), "repo/data/more": bytes(9 << 20)}
+    with backend.create(base=str(docker_archive(tmp_path / "big.tar", [tar(SYSTEM | LOWER | big)]))) as box:
+        sh(box, "rm -r data; : >big; printf 'old\\n' >old.txt; echo x >pkg/a.py")
+        box.write("hole", b"x" + bytes(100_000) + b"y")
+        read: list[int] = []
+        content = walk._content
+        monkeypatch.setattr(walk, "_content", lambda fd, size: read.append(size) or content(fd, size))
+        found = box.changes()
+        assert {path: change.data and len(change.data) for path, change in found.items()} == {
+            "big": b"",
+            "data/more": None,
+            "hole": 100_002,
+            "pkg/a.py": 2,
+        }
+        assert sum(read) < 200_000
+
+
 def test_images_share_their_layers(backend: Backend, given: Callable[[Path], str], tmp_path: Path, cache: Path) -> None:
     one = given(docker_archive(tmp_path / "one.tar", LAYERS))
     two = given(docker_archive(tmp_path / "two.tar", [*LAYERS, tar({"repo/two.txt": b"2\n"})]))
@@ -290,10 +310,25 @@ def test_unreadable_bases_are_one_line(backend: Backend, tmp_path: Path, cache: 
     (tmp_path / "directory").mkdir()
     for name in ("cut.tar.gz", "text", "empty", "zstd", "odd.tar", "directory", "missing.tar"):
         refused(backend, tmp_path / name, cache)
+    before = set(cache.iterdir())
     assert "no bash" in refused(backend, tmp_path / "shellless.tar", cache)
+    assert set(cache.iterdir()) == before
+    (tmp_path / "foreign.tar").write_bytes(tar({**SYSTEM, "bin/bash": b"\x7fELF of another machine"}))
+    assert "does not run here" in refused(backend, tmp_path / "foreign.tar", cache)
+    os.mkfifo(tmp_path / "pipe")
+    refused(backend, tmp_path / "pipe", cache)
+    loop = oci_layout(tmp_path / "loop", LAYERS)
+    index = json.dumps({"manifests": [{"digest": f"sha256:{'1' * 64}"}]})
+    (loop / "index.json").write_text(index)
+    (loop / "blobs/sha256" / ("1" * 64)).write_text(index)
+    refused(backend, loop, cache)
     lie = docker_archive(tmp_path / "lie.tar", [tar(LOWER)], [hashlib.sha256(LAYERS[0]).hexdigest()])
     assert "digest" in refused(backend, lie, cache)
     assert not (cache / hashlib.sha256(LAYERS[0]).hexdigest()[:24]).exists()
+    with pytest.raises(Unsupported, match=r"^workdir=[^\n]*$"):
+        backend.create(base=str(docker_archive(tmp_path / "good.tar", LAYERS)), workdir="/repo/link/x")
+    with pytest.raises(Unsupported, match=r"^files\['pkg'\][^\n]*$"):
+        backend.create(base=str(tmp_path / "good.tar"), files={"pkg": b""})
 
 
 @pytest.mark.docker

@@ -369,9 +369,31 @@ def test_impossible_requests_are_one_line(backend: Backend) -> None:
         {"files": {"../x": b""}},
         {"files": {"/x": b""}},
         {"limits": Limits(output_kb=1 << 20)},
+        {"limits": Limits(pids=10**9)},
+        {"limits": Limits(memory_mb=10**9)},
+        {"limits": Limits(disk_mb=10**20)},
+        {"limits": Limits(cpus=1e9)},
+        {"files": {"x": "text"}},
+        {"files": {"x": None}},
+        {"files": {"x": b"", "x/y": b""}},
+        {"base": ""},
+        {"base": "NO SUCH IMAGE!!"},
+        {"base": "x" * 5000},
+        {"base": "x\0y"},
+        {"base": "/dev/zero"},
     ):
         with pytest.raises(ValueError, match=r"^[^\n]{20,}$"):
             backend.create(**options)  # type: ignore[arg-type]
+    for bad in (
+        {"memory_mb": 1},
+        {"memory_mb": 64.5},
+        {"pids": "5"},
+        {"cpus": float("nan")},
+        {"cpus": 0},
+        {"pids": True},
+    ):
+        with pytest.raises(ValueError, match=r"^limits\.[^\n]{20,}$"):
+            Limits(**bad)  # type: ignore[arg-type]
 
 
 # ---- isolation ----
@@ -543,6 +565,7 @@ def test_changes_are_exact(box: Sandbox) -> None:
         "empty": FileChange(b"", 0o644),
         "hard": FileChange(b"", 0o644),
         "n/m/x": FileChange(b"\0\xff", 0o755),
+        "sparse": FileChange(bytes(5 << 20), 0o644),
         "sub/b.txt": FileChange(None),
         "sub/c.sh": FileChange(b"echo c\n", 0o644),
     }
@@ -592,6 +615,21 @@ def test_fork_and_snapshot(box: Sandbox) -> None:
             assert dict(child.changes()) == gone | {"sub/n.txt": FileChange(b"x\n", 0o644)}
     with pytest.raises(SandboxDead):
         snapshot.start()
+
+
+def test_every_generation_of_forks_may_fill_its_disk(create: Callable[..., Sandbox]) -> None:
+    box = create(limits=Limits(disk_mb=8))
+    for name in "abc":
+        sh(box, f"head -c 6000000 /dev/urandom >{name}")
+        (child,) = box.fork(1)
+        box.close()
+        box = child
+    with box:
+        assert {path: len(change.data or b"") for path, change in box.changes().items()} == dict.fromkeys(
+            "abc", 6000000
+        )
+        with pytest.raises(ValueError, match="at least 1"):
+            box.fork(0)
 
 
 def test_a_chain_of_forks(box: Sandbox) -> None:
