@@ -11,6 +11,7 @@ import io
 import json
 import os
 import resource
+import secrets
 import shutil
 import statistics
 import subprocess
@@ -198,10 +199,11 @@ def edited(source: bytes) -> bytes:
 def make_images(directory: Path, work: int) -> tuple[Path, Path, Path]:
     """Archives of an image, of another that adds one small layer, and of one with a large tree, as `docker save` writes
     them."""
-    repository = _tar({**_packages(), **_repository(work)})
-    system = _tar(_system())
-    commit = _tar({f"repo/pkg/m{i}.py": MODULE.encode() + b"\n\nNEXT = 1\n" for i in range(3)})
-    tree = _tar({f"repo/d{i}/f{j}.py": f"# {i} {j}\n".encode() * 40 for i in range(100) for j in range(50)})
+    mark: dict[str, Path | bytes] = {".run": secrets.token_bytes(8)}  # no other run has, or removes, these layers
+    repository = _tar({**_packages(), **_repository(work), **mark})
+    system = _tar({**_system(), **mark})
+    commit = _tar(mark | {f"repo/pkg/m{i}.py": MODULE.encode() + b"\n\nNEXT = 1\n" for i in range(3)})
+    tree = _tar(mark | {f"repo/d{i}/f{j}.py": f"# {i} {j}\n".encode() * 40 for i in range(100) for j in range(50)})
     return (
         _archive(directory / "first.tar", [system, repository]),
         _archive(directory / "further.tar", [system, repository, commit]),
