@@ -812,10 +812,10 @@ def test_cgroups_are_found_where_they_can_be_made(tmp_path: Path) -> None:
     member.write_text("0::/user.slice/run.scope\n")
     found = cgroups.discover(root, member)
     assert found and (found.version, set(found.parents.values())) == (2, {scope.parent})
-    dirs, writes = found.plan("g", Limits(memory_mb=3, pids=4, cpus=1.5))
+    dirs, writes = found.plan("g", Limits(memory_mb=8, pids=4, cpus=1.5))
     assert dirs == [(scope.parent / "g", "cgroup.procs")]
     assert dict(writes) == {
-        scope.parent / "g" / "memory.max": str(3 << 20),
+        scope.parent / "g" / "memory.max": str(8 << 20),
         scope.parent / "g" / "pids.max": "6",
         scope.parent / "g" / "cpu.max": "150000 100000",
     }
