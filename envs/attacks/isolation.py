@@ -54,7 +54,7 @@ def _values() -> dict[Path, str]:
 
 @isolation("A4", "modules, /proc/sys, /sys, core_pattern, release_agent", "denied; the host's values unchanged")
 def kernel_files(stage: Stage) -> str:
-    """Writing core_pattern was the escape of a sandbox that ran as the host's root."""
+    """A sandbox that may write core_pattern runs any program as the host's root."""
     before = _values()
     found = stage.tries(stage.shared, escapes.KERNEL)
     changed = [path for path, value in _values().items() if before[path] != value]
@@ -72,7 +72,7 @@ def devices(stage: Stage) -> str:
 
 @isolation("A6", "trace, read and signal the supervisor, the host, a neighbour", "no such process", harmless=True)
 def processes(stage: Stage) -> str:
-    """The broker's memory was writable and its descriptors could be taken before it was undumpable."""
+    """A dumpable broker could be written to, and its descriptors taken."""
     bystander, nap = stage.bystander(), new_nap()
     theirs = stage.sleeper(stage.box(), nap)
     found = stage.tries(stage.shared, escapes.PROCESSES, bystander.pid, *theirs)
