@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from envs.errors import user_errors
+from envs.errors import check_output, user_errors
 
 SYSTEMS = ("learning", "sandbox", "selfcheck", "soak")
 EXAMPLE = """
@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks.systems.base import commit, host
 
     args = parser().parse_args(argv)
+    check_output("--json", args.json)
     result = {"name": args.name, "commit": commit(), "host": host()}
     module = import_module(f"benchmarks.systems.{args.name}")
     result |= module.run(args)

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from envs.errors import user_errors
+from envs.errors import check_output, user_errors
 from envs.registration import make, registered
 
 EXAMPLE = """
@@ -198,6 +198,7 @@ def attack(args: Any) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     args = parser().parse_args(argv)
+    check_output("--json", getattr(args, "json", None))
     return {"doctor": doctor, "play": play, "attack": attack}[args.command](args)
 
 

@@ -11,9 +11,11 @@ without a traceback and exit with status 2 (`user_errors`). What the *policy* di
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class CodeworldError(Exception):
@@ -38,6 +40,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
+def check_output(option: str, path: str | Path | None) -> None:
+    """Before the work: can the file that a command is to write at its end be written? Raises `ValueError`."""
+    if path is None:
+        return
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        cause = (
+            "a directory" if path.is_dir() else "not writable" if path.parent.is_dir() else "its directory is missing"
+        )
+        raise ValueError(f"{option} {path}: {cause}; name a file that can be written")
+
+
 def user_errors(main: Callable[[], int]) -> int:
     """Run a command line: a `ValueError` is the user's mistake, printed as one line; returns the exit status.
 
@@ -45,9 +59,9 @@ def user_errors(main: Callable[[], int]) -> int:
     """
     try:
         return main()
-    except (ValueError, InfraError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, InfraError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 1 if isinstance(error, InfraError) else 2
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -57,8 +57,10 @@ def options(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Rows of each backend that works here; at least one must."""
     for name in ("live", "episodes", "workers", "docker_live", "docker_episodes"):
-        if getattr(args, name) < (0 if name.startswith("docker") else 1):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: too few; see --help for the defaults")
+        if getattr(args, name) < (least := 0 if name.startswith("docker") else 1):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}; leave it out for the default"
+            )
     rows, skipped = [], {}
     for name, live, episodes in (
         ("native", args.live, args.episodes),

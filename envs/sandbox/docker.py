@@ -390,16 +390,4 @@ def _explain(error: BaseException) -> BaseException:
     return error
 
 
-def leftovers(run: str | None = None) -> list[str]:
-    """Ids of the containers of this run (of all runs if None) that the engine still has."""
-    import docker
-
-    client = docker.from_env()
-    label = LABEL if run is None else f"{LABEL}={run}"
-    try:
-        return [str(found.id) for found in client.containers.list(all=True, filters={"label": label})]
-    finally:
-        client.close()
-
-
-__all__ = ["LABEL", "UID", "CopiedSandbox", "DockerBackend", "DockerSandbox", "leftovers"]
+__all__ = ["LABEL", "UID", "CopiedSandbox", "DockerBackend", "DockerSandbox"]

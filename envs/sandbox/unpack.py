@@ -21,6 +21,7 @@ from typing import IO, cast
 
 from envs.errors import Unsupported
 from envs.sandbox.helper import unprivileged
+from envs.sandbox.walk import exists_at
 
 ENTRIES_MAX = 4_000_000
 KEEP_FREE = 1 << 30
@@ -167,7 +168,7 @@ def _walk(root: int, parts: list[str]) -> int:
     at = os.dup(root)
     for part in parts:
         try:
-            made = not _exists(at, part)
+            made = not exists_at(at, part)
             if made:
                 os.mkdir(part, dir_fd=at)
             below = os.open(part, _DIRECTORY, dir_fd=at)
@@ -191,16 +192,8 @@ def _clear(parent: int, name: str) -> None:
         os.rmdir(name, dir_fd=parent)
 
 
-def _exists(parent: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
-
-
 def _is_directory(parent: int, name: str) -> bool:
-    return _exists(parent, name) and stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
+    return exists_at(parent, name) and stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
 
 
 def _link(root: int, parent: int, name: str, entry: tarfile.TarInfo) -> None:

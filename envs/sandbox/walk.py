@@ -191,7 +191,7 @@ def _touched(upper: int, workdir: str) -> Iterator[str]:
         for part in filter(None, workdir.split("/")):
             below = _directory(at, part)
             if below is None:
-                if _exists(at, part):
+                if exists_at(at, part):
                     yield ""
                 return
             os.close(at)
@@ -233,10 +233,11 @@ def is_opaque(directory: int | Path) -> bool:
     return False
 
 
-def _exists(directory: int, name: str) -> bool:
+def exists_at(directory: int, name: str) -> bool:
+    """Whether there is anything, a dangling link included, called `name` in a directory."""
     try:
         os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except OSError:
+    except FileNotFoundError:
         return False
     return True
 

@@ -1,5 +1,7 @@
 """Tools: the wire format, and edits that are exact, in a real sandbox."""
 
+from pathlib import Path
+
 import pytest
 
 from envs import tools
@@ -111,3 +113,13 @@ def test_playing_by_hand_shows_control_characters_written_out() -> None:
     from envs.__main__ import visible
 
     assert visible("ok\tä\n\x1b]0;title\x07\x9b2J\r\x00") == "ok\tä\n\\x1b]0;title\\x07\\x9b2J\\r\\x00"
+
+
+def test_a_file_that_can_not_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    from benchmarks.__main__ import main as measure
+    from envs.__main__ import main
+
+    for bad in (tmp_path, tmp_path / "missing" / "x.json"):
+        for command, args in ((main, ["doctor"]), (main, ["attack"]), (measure, ["systems", "soak"])):
+            with pytest.raises(ValueError, match=r"^--json [^\n]*; name a file that can be written$"):
+                command([*args, "--json", str(bad)])

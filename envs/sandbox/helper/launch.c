@@ -41,7 +41,13 @@ static int next_op(char **at, char *end, struct op *op) {
     return n < 0 ? -1 : 1;
 }
 
-/* Makes what is missing of a path below the new root. What is there may be of a sandbox's making: no link is followed. */
+static uid_t uid;              /* who the sandbox is, in the launcher's user namespace, and its gid */
+static uid_t inner;            /* the same in its own user namespace, where it has one */
+static int userns = -1;        /* that namespace */
+static int rootless, readonly; /* the launcher was started by an ordinary user; op Q */
+
+/* Makes what is missing of a path below the new root, in an image as the sandbox's own. What is there may be of a sandbox's
+ * making: no link is followed. */
 static void make_path(char *path, int directory) {
     struct stat st;
     for (char *p = path, *end; *p; p = end + !!*end) {
@@ -53,6 +59,7 @@ static void make_path(char *path, int directory) {
             if (inner ? mkdir(path, 0755) : (fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644)) < 0)
                 die("make", path);
             if (!inner) close(fd);
+            if (userns >= 0 && lchown(path, uid, uid)) die("chown", path);
         } else if (inner ? !S_ISDIR(st.st_mode) : !S_ISREG(st.st_mode)) {
             errno = inner ? ENOTDIR : EEXIST, die("make", path);
         }
@@ -76,10 +83,6 @@ static void bind_mount(const char *from, char *to, uint64_t flags) {
     set_mount(AT_FDCWD, to, (struct attr){.set = flags}, 0x8000 /* AT_RECURSIVE */);
 }
 
-static uid_t uid;              /* who the sandbox is, in the launcher's user namespace, and its gid */
-static uid_t inner;            /* the same in its own user namespace, where it has one */
-static int userns = -1;        /* that namespace */
-static int rootless, readonly; /* the launcher was started by an ordinary user; op Q */
 static char *store;
 
 /* The directory of the base layers, in the store. Whoever unpacked them, they are the sandbox's own inside. */
