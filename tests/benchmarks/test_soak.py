@@ -68,4 +68,4 @@ def test_killed_episodes_leave_nothing(tmp_path: Path) -> None:
 
 def test_too_few_is_one_line() -> None:
     done = soak("--live", "0")
-    assert (done.returncode, done.stderr) == (2, "error: --live 0: too few; see --help for the defaults\n")
+    assert (done.returncode, done.stderr) == (2, "error: --live 0: at least 1; leave it out for the default\n")
