@@ -19,7 +19,7 @@ if docker image inspect "$image" >/dev/null 2>&1; then say "$image is there; doc
 python=/usr/bin/python3
 [ -x "$python" ] || python=$(command -v python3) || stop "no python3 on this host; install it"
 commands="bash sh env awk basename cat chmod chown cmp comm cp cut date dd diff dirname du echo egrep expr false fgrep find
-  fold getconf grep gunzip gzip head hostname id install join ldd ln ls md5sum mkdir mkfifo mktemp mv nl nohup nproc od
+  fold getconf git grep gunzip gzip head hostname id install join ldd ln ls md5sum mkdir mkfifo mktemp mv nl nohup nproc od
   paste patch pgrep pkill printenv printf ps pwd readlink realpath rm rmdir sed seq setsid sha1sum sha256sum sleep sort
   split stat stty sync tac tail tar tee test timeout touch tr true truncate tty uname uniq unlink wc which whoami xargs
   xxd yes"

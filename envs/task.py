@@ -52,14 +52,23 @@ class Grader:
     """How an attempt is judged. Hidden content is named by hash."""
 
     kind: str = "tests"
+    """"tests": by verdicts and sentinels; "swe_bench": by `script`'s log, as SWE-bench defines it."""
     command: str = "python3 runner.py"
     """Test command, run in the work directory with the test files as arguments."""
     expected: Mapping[str, str] = field(default_factory=dict)
     """Test id (`tests/test_x.py::test_y`) → "pass" or "fail" with a right solution."""
-    hidden: Mapping[str, str] = field(default_factory=dict)
-    """Relative path → SHA-256 of a file put on top of the attempt at grading."""
-    gold: Mapping[str, str] = field(default_factory=dict)
-    """Relative path → SHA-256 of the file as a right solution has it."""
+    fail_to_pass: tuple[str, ...] = ()
+    """Those of `expected` that a right solution changes; () where it is not known."""
+    hidden: Mapping[str, str | None] = field(default_factory=dict)
+    """Relative path → SHA-256 of a file put on top of the attempt at grading; None: there is no such file."""
+    gold: Mapping[str, str | None] = field(default_factory=dict)
+    """Relative path → SHA-256 of the file as a right solution has it; None: it has no such file."""
+    gold_patch: str = ""
+    """SHA-256 of a right solution as a unified diff, where `gold` is not given."""
+    script: str = ""
+    """SHA-256 of the evaluation script of a "swe_bench" grader, whose output `parser` reads."""
+    parser: str = ""
+    """Name of a log parser (`envs/swe/log_parsers.py`)."""
     protected: tuple[str, ...] = ()
     """Globs of paths whose changes are dropped before grading."""
     seconds: float = 300.0
@@ -75,7 +84,7 @@ class Task:
     prompt: str
     """The statement, shown to the agent as it is."""
     base: str = "host"
-    """Image digest, root file system, or "host"."""
+    """Image id (`sha256:…`, of an image in the task set's `images/` or in a Docker engine), root file system, or "host"."""
     workdir: str = "/repo"
     setup: Mapping[str, str] = field(default_factory=dict)
     """Relative path → SHA-256 of a file of the repository as the agent finds it."""
@@ -101,17 +110,26 @@ class Task:
         """SHA-256 of the canonical JSON: equal tasks have equal digests."""
         return sha256(json.dumps(self.to_json(), sort_keys=True, separators=(",", ":")).encode())
 
-    def files(self, names: Mapping[str, str]) -> dict[str, bytes]:
-        """The bytes of a path → hash mapping, digests checked."""
-        found = {}
-        for path, name in names.items():
-            data = self.blobs.get(name)
-            if data is None or sha256(data) != name:
-                raise ValueError(
-                    f"task {self.id}: blob {name[:12]}… of {path!r} is missing or changed; export the task set again"
-                )
-            found[path] = data
-        return found
+    def blob(self, name: str, what: str) -> bytes:
+        """One blob, its digest checked; `what` names it in the error."""
+        data = self.blobs.get(name)
+        if data is None or sha256(data) != name:
+            raise ValueError(
+                f"task {self.id}: blob {name[:12]}… of {what!r} is missing or changed; export the task set again"
+            )
+        return data
+
+    def files(self, names: Mapping[str, str | None]) -> dict[str, bytes]:
+        """The bytes of a path → hash mapping, digests checked; paths that name no file are left out."""
+        return {path: self.blob(name, path) for path, name in names.items() if name is not None}
+
+    @property
+    def named(self) -> dict[str, str]:
+        """Every blob that this task needs: what it is (a path, or a field of the grader) → SHA-256."""
+        found = {"gold_patch": self.grader.gold_patch, "script": self.grader.script}
+        for names in (self.setup, self.grader.hidden, self.grader.gold):
+            found |= {f"{path}@{name[:8]}": name for path, name in names.items() if name}
+        return {what: name for what, name in found.items() if name}
 
 
 def _check_path(path: str, where: str) -> None:
@@ -124,10 +142,11 @@ def task_from_json(raw: Any, where: str = "task") -> Task:
     """The inverse of `Task.to_json`; refuses unknown fields, unsafe paths and bad digests, naming `where`."""
     task = build(Task, raw, where)
     for names in (task.setup, task.grader.hidden, task.grader.gold):
-        for path, name in names.items():
+        for path in names:
             _check_path(path, where)
-            if len(name) != 64 or not set(name) <= set("0123456789abcdef"):
-                raise ValueError(f"{where}: {path!r} has the bad digest {name!r}; expected 64 hexadecimal digits")
+    for name in (*task.setup.values(), *task.named.values()):
+        if not isinstance(name, str) or len(name) != 64 or not set(name) <= set("0123456789abcdef"):
+            raise ValueError(f"{where}: bad digest {name!r}; expected 64 hexadecimal digits")
     return task
 
 
@@ -178,9 +197,11 @@ def save_tasks(tasks: list[Task], directory: str | Path) -> None:
     directory = Path(directory)
     (directory / "blobs").mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        for names in (task.setup, task.grader.hidden, task.grader.gold):
-            for name, data in zip(names.values(), task.files(names).values(), strict=True):
-                (directory / "blobs" / name).write_bytes(data)
+        for what, name in task.named.items():
+            path = directory / "blobs" / name
+            if not path.exists():
+                path.with_suffix(".partial").write_bytes(task.blob(name, what))
+                path.with_suffix(".partial").rename(path)
     partial = directory / ".tasks.jsonl"
     partial.write_text("".join(json.dumps(t.to_json(), separators=(",", ":")) + "\n" for t in tasks))
     partial.rename(directory / "tasks.jsonl")
