@@ -14,25 +14,32 @@ import io
 import json
 import lzma
 import os
-import platform
-import re
 import stat
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 from envs.errors import Unsupported
+from envs.sandbox.archives import (
+    DIGEST,
+    JSON_MAX,
+    Archive,
+    Directory,
+    Store,
+    blob,
+    check_architecture,
+    env_of,
+    manifest,
+)
 from envs.sandbox.helper import cache_dir
 from envs.sandbox.hostbase import environment, skeleton
 from envs.sandbox.layers import NAME, Lease, full_disk, layers_dir
 from envs.sandbox.walk import is_opaque
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_DIGEST = re.compile(r"^[0-9a-f]{64}$")
-_JSON_MAX = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,9 @@ def find_base(name: str) -> Base:
     """The base called `name`, unpacked where it was not yet.
 
     name: "host"; the path of an archive (a root file system as tar, `docker save`, an OCI layout as directory or tar); the
-    name of a local Docker image; or that of an image in a registry, `HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]`. Raises
-    `Unsupported`, one line, leaving nothing behind, and `InfraError` where a registry or the disk fails.
+    digest of an image's configuration (`sha256:…`) in a layout that was offered; the name, or that digest, of a local
+    Docker image; or that of an image in a registry, `HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]`. Raises `Unsupported`, one
+    line, leaving nothing behind, and `InfraError` where a registry or the disk fails.
     """
     with standing_on(name) as base:
         return base
@@ -64,10 +72,30 @@ def standing_on(name: str) -> Iterator[Base]:
     try:
         if name == "host":
             yield _host(lease)
+        elif layout := offered(name):
+            yield _offered(lease, layout, name)
         else:
             yield _archive(Path(name), lease) if is_archive(name) else _docker_image(lease, name)
     finally:
         lease.close()
+
+
+_layouts: dict[Path, None] = {}
+
+
+def offer(directory: str | Path) -> None:
+    """From now on, find images by digest in the OCI layout `directory`, too, the latest offered first. Threads may."""
+    path = Path(directory).absolute()
+    _layouts.pop(path, None)
+    _layouts[path] = None
+
+
+def offered(name: str) -> Path | None:
+    """The offered layout that has the image `sha256:…`."""
+    kind, _, digest = name.partition(":")
+    if kind != "sha256" or not DIGEST.match(digest):
+        return None
+    return next((path for path in reversed(list(_layouts)) if (path / "blobs/sha256" / digest).is_file()), None)
 
 
 def is_archive(name: str) -> bool:
@@ -154,11 +182,11 @@ def _archive_at(lease: Lease, path: Path, size: int, mtime_ns: int) -> Base:
     if path.is_dir():
         if not (path / "oci-layout").is_file():
             raise Unsupported(f"{what}: a directory, but no OCI layout; make an archive: tar -C {path} -cf root.tar .")
-        return _image(_Directory(path), what, lease)
+        return _image(Directory(path), what, lease)
     try:
         with path.open("rb") as file:
             with contextlib.suppress(tarfile.TarError), tarfile.open(fileobj=file, mode="r:*") as tar:
-                store = _Archive(tar)
+                store = Archive(tar)
                 if {"manifest.json", "oci-layout"} & store.members.keys():
                     return _image(store, what, lease)
             file.seek(0)
@@ -171,6 +199,23 @@ def _archive_at(lease: Lease, path: Path, size: int, mtime_ns: int) -> Base:
 
 
 @_Remembered
+def _offered(lease: Lease, layout: Path, name: str) -> Base:
+    """An image of a layout whose layers are uncompressed, so that their digests name their blobs."""
+    with Directory(layout).open(blob({"digest": name})) as file:
+        data = file.read(JSON_MAX)
+    if f"sha256:{hashlib.sha256(data).hexdigest()}" != name:
+        raise Unsupported(f"base={name!r}: its blob in {layout} has other content than its digest says; copy it again")
+    try:
+        config = json.loads(data)
+        blobs = [blob({"digest": digest}) for digest in config["rootfs"]["diff_ids"]]
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise Unsupported(f"base={name!r}: its blob in {layout} is no image's configuration ({error!r})") from None
+    check_architecture(config.get("architecture"), f"base={name!r}")
+    digests = [blob.rpartition("/")[2] for blob in blobs]
+    return _unpacked(Directory(layout), config, digests, blobs, f"base={name!r}", lease)
+
+
+@_Remembered
 def _docker_image(lease: Lease, name: str) -> Base:
     """A local image, as the engine has it when it is first asked for, else one of a registry; layers are fetched only
     where one is missing."""
@@ -179,7 +224,7 @@ def _docker_image(lease: Lease, name: str) -> Base:
 
     what = f"base={name!r}"
     try:
-        client = docker.from_env()
+        client = docker.fromenv_of()
     except docker.errors.DockerException as error:
         if is_remote(name):
             return _image(Registry(name, what), what, lease)
@@ -201,7 +246,7 @@ def _docker_image(lease: Lease, name: str) -> Base:
         except docker.errors.APIError as error:
             cause = " ".join(str(error.explanation or error).split())[:200]
             raise Unsupported(f'{what}: {cause}; give "host", an archive or the name of a local image') from None
-        _check_architecture(found.attrs.get("Architecture"), what)
+        check_architecture(found.attrs.get("Architecture"), what)
         names = layer_names(found)
         if not lease.take(names):
             with full_disk(what), tempfile.TemporaryFile(dir=cache_dir()) as file:
@@ -209,8 +254,8 @@ def _docker_image(lease: Lease, name: str) -> Base:
                     file.write(chunk)
                 file.seek(0)
                 with tarfile.open(fileobj=file) as tar:
-                    return _image(_Archive(tar), what, lease)
-        return _checked(names, _env(found.attrs["Config"]), what, lease)
+                    return _image(Archive(tar), what, lease)
+        return _checked(names, env_of(found.attrs["Config"]), what, lease)
     finally:
         client.close()
 
@@ -232,127 +277,18 @@ def _checked(layers: tuple[str, ...], env: Mapping[str, str], what: str, lease: 
     return Base((top, *layers), {**own, **env}, image=True)
 
 
-def _env(config: Any) -> dict[str, str]:
-    pairs = (str(item).partition("=") for item in (config or {}).get("Env") or ())
-    return {key: value for key, _, value in pairs}
-
-
-# ---- image archives ----
-
-
-class _Store(Protocol):
-    """Named blobs of an image archive."""
-
-    REMEDY: str
-    """What to do where one is missing or wrong."""
-
-    def open(self, name: str) -> IO[bytes]:
-        """The blob, seekable; raises `KeyError` where there is none."""
-
-
-class _Directory:
-    REMEDY = "make it again with `docker save`"
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def open(self, name: str) -> IO[bytes]:
-        path = self._path / name
-        if ".." in name.split("/") or not path.is_file():
-            raise KeyError(name)
-        return path.open("rb")
-
-
-class _Archive:
-    REMEDY = _Directory.REMEDY
-
-    def __init__(self, tar: tarfile.TarFile) -> None:
-        self._tar = tar
-        self.members = {os.path.normpath(entry.name): entry for entry in tar}
-
-    def open(self, name: str) -> IO[bytes]:
-        for _ in range(4):  # older engines store a repeated layer as a link
-            entry = self.members[name]
-            if not entry.issym():
-                break
-            name = os.path.normpath(f"{name}/../{entry.linkname}")
-        file = self._tar.extractfile(entry)
-        if file is None:
-            raise KeyError(name)
-        return file
-
-
-def _image(store: _Store, what: str, lease: Lease) -> Base:
+def _image(store: Store, what: str, lease: Lease) -> Base:
     """Unpack the image in an archive's manifest."""
-    try:
-        config, blobs = _docker_manifest(store) if _has(store, "manifest.json") else _oci_manifest(store)
-        digests = [str(item).partition(":")[2] for item in config["rootfs"]["diff_ids"]]
-        if len(digests) != len(blobs) or not all(map(_DIGEST.match, digests)):
-            raise ValueError(f"{len(blobs)} layers but {len(digests)} digests")
-        env = _env(config.get("config"))
-    except Unsupported:
-        raise
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-        raise Unsupported(f"{what}: an image without a readable manifest ({error!r}); {store.REMEDY}") from None
-    _check_architecture(config.get("architecture"), what)
+    config, digests, blobs = manifest(store, what)
+    return _unpacked(store, config, digests, blobs, what, lease)
+
+
+def _unpacked(store: Store, config: Any, digests: Sequence[str], blobs: Sequence[str], what: str, lease: Lease) -> Base:
     layers: list[str] = []
     with lease.whole():
-        for digest, blob in zip(digests, blobs, strict=True):
+        for digest, name in zip(digests, blobs, strict=True):
             try:
-                layers.insert(0, lease.put(digest, functools.partial(store.open, blob), what))
+                layers.insert(0, lease.put(digest, functools.partial(store.open, name), what))
             except KeyError:
-                raise Unsupported(f"{what}: layer {blob!r} is missing; {store.REMEDY}") from None
-        return _checked(tuple(layers), env, what, lease)
-
-
-def _has(store: _Store, name: str) -> bool:
-    try:
-        store.open(name).close()
-    except KeyError:
-        return False
-    return True
-
-
-def _json(store: _Store, name: str) -> Any:
-    with store.open(name) as file:
-        return json.loads(file.read(_JSON_MAX))
-
-
-def _docker_manifest(store: _Store) -> tuple[Any, list[str]]:
-    first = _json(store, "manifest.json")[0]
-    return _json(store, first["Config"]), [str(name) for name in first["Layers"]]
-
-
-def _oci_manifest(store: _Store) -> tuple[Any, list[str]]:
-    found = _json(store, "index.json")
-    for _ in range(8):  # an index may hold indexes
-        if "manifests" in found:
-            found = _json(store, _blob(_for_this_machine(found["manifests"])))
-    return _json(store, _blob(found["config"])), [_blob(layer) for layer in found["layers"]]
-
-
-OURS = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
-"""This machine's architecture, as images call it."""
-
-
-def _for_this_machine(manifests: list[Any]) -> Any:
-    fits = []
-    for manifest in manifests:
-        platform = manifest.get("platform") or {}
-        if (platform.get("os", "linux"), platform.get("architecture", OURS)) == ("linux", OURS):
-            fits.append(manifest)
-    if not fits:
-        raise ValueError(f"no manifest for linux/{OURS}")
-    return fits[0]
-
-
-def _check_architecture(theirs: Any, what: str) -> None:
-    if theirs and theirs != OURS:
-        raise Unsupported(f"{what}: an image for {theirs}, this machine is {OURS}; get the one for {OURS}")
-
-
-def _blob(descriptor: Any) -> str:
-    kind, _, digest = str(descriptor["digest"]).partition(":")
-    if kind != "sha256" or not _DIGEST.match(digest):
-        raise ValueError(f"digest {descriptor['digest']!r}")
-    return f"blobs/sha256/{digest}"
+                raise Unsupported(f"{what}: layer {name!r} is missing; {store.REMEDY}") from None
+        return _checked(tuple(layers), env_of(config.get("config")), what, lease)
