@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import libcst as cst
 
 from envs.swe.candidate import Candidate, is_generated, is_source, is_test
-from envs.swe.operators import OPERATORS, Change, Place, import_removed, is_docstring
+from envs.swe.operators import OPERATORS, import_removed
+from envs.swe.place import Change, Place, is_docstring
 from envs.syntax import parse
 from envs.task import sha256
 
