@@ -22,7 +22,7 @@ from typing import IO, Any, cast
 
 from envs.errors import Unsupported
 from envs.sandbox.bases import OURS, image_file, is_archive
-from envs.sandbox.layers import TIME
+from envs.sandbox.capture import TIME
 
 _CREATED = "2020-01-01T00:00:00Z"
 _TYPE = "application/vnd.oci.image"

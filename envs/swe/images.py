@@ -24,7 +24,7 @@ from typing import Any
 from envs.sandbox.base import Backend, FileChange, Limits, Result
 from envs.sandbox.bases import offer
 from envs.sandbox.imagestore import ImageStore
-from envs.sandbox.layers import Entry, Tree, read_layer, tree_layer
+from envs.sandbox.capture import Entry, Tree, read_layer, tree_layer
 from envs.sandbox.stacked import StackedSandbox
 from envs.swe import requirements
 from envs.swe.onecommit import one_commit
