@@ -166,4 +166,4 @@ def image_file(path: Path) -> Iterator[tuple[dict[str, Any] | None, list[Callabl
                 return
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
         raise Unsupported(f"{what}: not a readable archive ({error}); make it again, e.g. with `docker save`") from None
-    yield None, [functools.partial(path.open, "rb")]
+    yield None, [lambda: path.open("rb")]

@@ -21,8 +21,8 @@ from envs.sandbox import cgroups, layers
 from envs.sandbox.base import Changes, Limits, Snapshot
 from envs.sandbox.bases import Base
 from envs.sandbox.brokered import BrokeredSandbox, Start
+from envs.sandbox.capture import capture
 from envs.sandbox.channel import Channel
-from envs.sandbox.layertar import capture
 from envs.sandbox.walk import overlay_changes
 
 FIRST_UID = 1_500_000_000
@@ -136,7 +136,7 @@ class StackedSandbox(BrokeredSandbox):
     def layer(self, out: IO[bytes], keep: Callable[[str], bool]) -> None:
         """Write what this sandbox wrote, whatever directory it is in, to `out` as a layer of an image.
 
-        Every process but the broker ends for it. keep: see `layers.capture`; paths begin at the sandbox's root, or, where
+        Every process but the broker ends for it. keep: see `capture`; paths begin at the sandbox's root, or, where
         the backend caps only some directories (docker), at their numbers. Raises `Unsupported` for a sandbox that started
         from a snapshot, whose files lie in several stores.
         """

@@ -23,7 +23,7 @@ from envs.errors import InfraError
 from envs.sandbox.base import Backend, FileChange, Limits
 from envs.sandbox.bases import offer
 from envs.sandbox.imagestore import ImageStore
-from envs.sandbox.layertar import Tree
+from envs.sandbox.capture import Tree
 from envs.swe import discovery, images, sources
 from envs.swe.candidate import Candidate, Rejected, is_test
 from envs.swe.discovery import Discovery, Run

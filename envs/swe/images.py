@@ -24,7 +24,7 @@ from typing import Any
 from envs.sandbox.base import Backend, FileChange, Limits, Result
 from envs.sandbox.bases import offer
 from envs.sandbox.imagestore import ImageStore
-from envs.sandbox.layertar import Entry, Tree, read_layer, tree_layer
+from envs.sandbox.capture import Entry, Tree, read_layer, tree_layer
 from envs.sandbox.stacked import StackedSandbox
 from envs.swe import requirements
 from envs.swe.onecommit import one_commit
@@ -464,9 +464,10 @@ def _path(store: ImageStore, digest: str) -> str:
 
 
 def _last(result: Result) -> str:
-    """The last lines of an output, as one."""
-    lines = [line.strip() for line in result.text().splitlines() if line.strip() and not line.startswith("note:")]
-    return " / ".join(lines[-3:])[-300:]
+    """What an output says of an error, else its last lines, as one line."""
+    lines = [line.strip(" \t│╰─>E") for line in result.text().splitlines()]
+    told = [line for line in lines if re.match(r"(ERROR|FAILED|[A-Za-z_.]*(Error|Exception))\b", line)]
+    return " / ".join((told or list(filter(None, lines)))[-3:])[-400:]
 
 
 def _key(*parts: Any) -> str:

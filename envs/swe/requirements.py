@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from envs.sandbox.layertar import Tree
+from envs.sandbox.capture import Tree
 from envs.swe.wheels import name_of
 
 EXTRAS = ("test", "tests", "testing", "test-suite", "pytest", "dev", "develop", "development")

@@ -27,7 +27,7 @@ from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from envs.sandbox.layertar import Entry
+from envs.sandbox.capture import Entry
 
 BYTES_MAX = 512 << 20
 """Of one repository's files together, and of one file that is fetched."""

@@ -86,7 +86,7 @@ def capture(upper: int, out: IO[bytes], keep: Callable[[str], bool], budget: int
     keep: told each path (relative, of a directory before what is in it), says whether it belongs to the layer.
     budget: the bytes that the files may have together, those of holes included. Raises `Unsupported` for more.
     Walked by descriptors, following no link: names and links that a process made lead nowhere else. Left out: devices,
-    FIFOs, sockets, names that read as marks of a layer, and what is deeper than `walk.DEPTH`.
+    FIFOs, sockets, names that read as marks of a layer, and what is deeper than `DEPTH` of `walk`.
     """
     with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
         _Capture(tar, keep, budget).directory(upper, "", 0)
