@@ -62,7 +62,10 @@ def parser() -> argparse.ArgumentParser:
     )
     attack.add_argument("--backend", default="auto", help="native, docker or auto (default: %(default)s)")
     attack.add_argument(
-        "--group", nargs="+", metavar="G", help="isolation, resources, leakage or tools, several allowed (default: all)"
+        "--group",
+        nargs="+",
+        metavar="G",
+        help="isolation, resources, grading, leakage or tools, several allowed (default: all)",
     )
     attack.add_argument("--case", nargs="+", metavar="ID", help="only these cases, e.g. A3 B14 (default: all)")
     attack.add_argument("--json", metavar="F", help="write the outcomes to a file as well")

@@ -58,7 +58,7 @@ _PYTEST = re.compile(
 )
 _ENVIRONMENT = (
     "unset PYTEST_ADDOPTS PYTEST_PLUGINS PYTEST_CURRENT_TEST PYTHONOPTIMIZE PYTHONSTARTUP PYTHONINSPECT PYTHONWARNINGS; "
-    "export PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1 PYTHONNOUSERSITE=1; "
+    "export PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1; "
 )
 _CLEAR = """mapfile -d '' -t gone
 for path in "${gone[@]}"; do
@@ -294,7 +294,7 @@ def pytest_command(task: Task, launcher: str) -> tuple[str, bool]:
             f"task {task.id}: grader.command={command!r} runs neither pytest nor the tiny runner; make it `python -m pytest …`"
         )
     python = f"{match['python']}{match['flags']}" if match["python"] else "python3"
-    return f"{command[: match.start()]}{python} {launcher}{command[match.end() :]}", bool(match["python"])
+    return f"{command[: match.start()]}{python} -s {launcher}{command[match.end() :]}", bool(match["python"])
 
 
 def claims(output: str) -> dict[str, str]:

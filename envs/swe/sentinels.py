@@ -190,7 +190,7 @@ def _anchors(body: Sequence[ast.stmt]) -> Iterator[tuple[ast.AST, str]]:
     """Nodes that run for certain where the test passes, each with the text that makes it fail instead."""
     for statement in body:
         if isinstance(statement, ast.Assert):
-            yield statement, f"assert {ast.unparse(_other(statement.test))}"
+            yield statement, _other_assert(statement.test)
         elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
             call = _other_call(statement.value)
             if call:
@@ -234,12 +234,19 @@ def _other_call(call: ast.Call) -> ast.Call | None:
     return None
 
 
-def _other(test: ast.expr) -> ast.expr:
-    """A condition that is false where `test` is true. An object that equals everything fulfils it too, where it can."""
-    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq):
-        left, right = _unequal(test.left, test.comparators[0])
-        return ast.Compare(left=left, ops=test.ops, comparators=[right])
-    return ast.UnaryOp(op=ast.Not(), operand=test)
+def _other_assert(test: ast.expr) -> str:
+    """An assert that fails where that of `test` holds.
+
+    An object that equals everything fulfils it too, and so does code that takes the expected value from the test's source
+    or variables: the other value stands where the right one stood.
+    """
+    if not (isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq)):
+        return f"assert {ast.unparse(ast.UnaryOp(op=ast.Not(), operand=test))}"
+    left, right = test.left, test.comparators[0]
+    if isinstance(right, ast.Name) and all(getattr(node, "id", "") != right.id for node in ast.walk(left)):
+        return f"{right.id} = object(); assert {ast.unparse(test)}"
+    left, right = _unequal(left, right)
+    return f"assert {ast.unparse(ast.Compare(left=left, ops=test.ops, comparators=[right]))}"
 
 
 def _unequal(left: ast.expr, right: ast.expr) -> list[ast.expr]:
