@@ -28,6 +28,8 @@ STALL = 30.0
 """Seconds without a byte after which a transfer is broken off and goes on with a new request."""
 PATIENCE = 90.0
 """Seconds without progress after which a registry counts as failed."""
+CONTACT = 10.0
+"""The same for one that has never answered: its name may be wrong."""
 
 _REFERENCE = re.compile(
     r"(?P<host>localhost(?::\d+)?|[\w.-]+:\d+|[\w-]+(?:\.[\w-]+)+|\[[0-9a-fA-F:]+\](?::\d+)?)"
@@ -78,7 +80,7 @@ class Registry:
         self._url = f"{self._scheme}://{host}/v2/{self._name}"
         self._session = requests.Session()
         self._session.trust_env = not local  # a proxy is for what is elsewhere
-        self._header = ""
+        self._answered, self._header = False, ""
         self._small: set[str] = set()
         self._manifests: set[str] = set()
         self._sizes: dict[str, int] = {}
@@ -194,7 +196,10 @@ class Registry:
                 ) from None
             except requests.RequestException as error:
                 cause = f"no answer ({_cause(error)})"
+                if not self._answered:
+                    patience.shorten()
             else:
+                self._answered = True
                 status = answer.status_code
                 if status in (200, 206):
                     return answer
@@ -266,15 +271,19 @@ class _Patience:
 
     def restart(self) -> None:
         """There was progress."""
-        self._deadline, self._pause = time.monotonic() + PATIENCE, 0.25
+        self._since, self._most, self._pause = time.monotonic(), PATIENCE, 0.25
+
+    def shorten(self) -> None:
+        """There was no contact at all."""
+        self._most = min(self._most, CONTACT)
 
     def wait(self, cause: str, after: float = 0.0) -> None:
         """Wait, at least `after` seconds; raises `InfraError` where that is too long."""
         pause, self._pause = max(after, self._pause), min(2 * self._pause, 16.0)
-        if time.monotonic() + pause > self._deadline:
+        if time.monotonic() + pause > self._since + self._most:
             asked = f", and asks for {after:.0f} s" if after else ""
             raise InfraError(
-                f"{self._who}: {cause}{asked}; given up after {PATIENCE:g} s without progress, try again later"
+                f"{self._who}: {cause}{asked}; given up after {time.monotonic() - self._since:.0f} s without progress"
             )
         time.sleep(pause)
 
