@@ -17,7 +17,7 @@ import os
 import stat
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -263,7 +263,12 @@ def _docker_image(lease: Lease, name: str) -> Base:
 def layer_names(image: Any) -> tuple[str, ...]:
     """The names that the layers of an engine's image have here, the topmost first."""
     digests = image.attrs["RootFS"].get("Layers") or ()
-    return tuple(digest.partition(":")[2][:NAME] for digest in reversed(digests))
+    return _once(digest.partition(":")[2][:NAME] for digest in reversed(digests))
+
+
+def _once(layers: Iterable[str]) -> tuple[str, ...]:
+    """Without what lies below its equal, the topmost first: it shows nowhere, and the kernel refuses it."""
+    return tuple(dict.fromkeys(layers))
 
 
 def _checked(layers: tuple[str, ...], env: Mapping[str, str], what: str, lease: Lease) -> Base:
@@ -291,4 +296,4 @@ def _unpacked(store: Store, config: Any, digests: Sequence[str], blobs: Sequence
                 layers.insert(0, lease.put(digest, functools.partial(store.open, name), what))
             except KeyError:
                 raise Unsupported(f"{what}: layer {name!r} is missing; {store.REMEDY}") from None
-        return _checked(tuple(layers), env_of(config.get("config")), what, lease)
+        return _checked(_once(layers), env_of(config.get("config")), what, lease)

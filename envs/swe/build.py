@@ -16,21 +16,22 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from envs.errors import InfraError
 from envs.sandbox.base import Backend, FileChange, Limits
 from envs.sandbox.bases import offer
-from envs.sandbox.imagestore import ImageStore
 from envs.sandbox.capture import Tree
+from envs.sandbox.imagestore import ImageStore
 from envs.swe import discovery, images, sources
 from envs.swe.candidate import Candidate, Rejected, is_test
 from envs.swe.discovery import Discovery, Run
 from envs.swe.failures import failures
-from envs.swe.hide import without_tests
+from envs.swe.hiding import without_tests
 from envs.swe.images import TESTBED, Environment, Refused
 from envs.swe.ledger import Ledger
+from envs.swe.sentinels import base_id
 from envs.swe.statement import leaks, statement
 from envs.swe.validate import validate
 from envs.task import Grader, Task, save_blobs, save_tasks, sha256, task_from_json
@@ -40,7 +41,7 @@ LIMITS = Limits(memory_mb=1024, disk_mb=256, pids=128)
 SUITE_SECONDS = 6.0
 """Wall clock of the tests of one grading: the files of those that notice the bug, and others as long as they fit."""
 MOST_FAILING = 20
-"""Tests that notice a bug; a candidate that more of them notice breaks the package as a whole."""
+"""Test functions that notice a bug; a candidate that more of them notice breaks the package as a whole."""
 TRIES = 6
 """Candidates that are tried for each task that is asked for."""
 MAKERS = ("mutate", "history")
@@ -157,7 +158,8 @@ class _Builder:
         try:
             source = sources.fetch(name, self.cache)
             env = images.environment(self.store, self.base, source, self.backend, cache=self.cache)
-            self.environments |= {env.digest, env.installed}
+            below = images.interpreter(self.store, self.base, self.backend)
+            self.environments |= {env.digest, env.installed, below}
             found = discovery.discover(self.backend, env.digest)
         except (Refused, InfraError) as error:
             return str(error)
@@ -180,7 +182,9 @@ class _Builder:
 
             path = repository.source.repository
             if path is None:
-                raise ValueError(f"{repository.source.origin}: it has no history; use --tasks mutate:N, or a git repository")
+                raise ValueError(
+                    f"{repository.source.origin}: it has no history; use --tasks mutate:N, or a git repository"
+                )
             return mine(path, n=self.plan.count * TRIES, issues=self.plan.issues)
         from envs.swe.mutate import mutations
 
@@ -237,22 +241,32 @@ class _Builder:
             tree = {**repository.source.tree(candidate.commit), **env.made}
             image = images.at_commit(self.store, env, tree)
         before = self._run(image, found.command, {**candidate.broken, **candidate.tests})
-        after = found if not candidate.commit else self._run(image, found.command, {**candidate.fixed, **candidate.tests})
-        good = [test for test, outcome in after.outcomes.items() if outcome == "pass" and test not in found.unstable]
+        outcomes, seconds = found.tests, found.seconds
+        if candidate.commit:
+            after = self._run(image, found.command, {**candidate.fixed, **candidate.tests})
+            outcomes, seconds = after.outcomes, after.seconds
+        good = [test for test, outcome in outcomes.items() if outcome == "pass" and test not in found.unstable]
         failing = [test for test in good if before.outcomes.get(test) != "pass"]
         kept = [test for test in good if before.outcomes.get(test) == "pass"]
         if not failing:
             raise _No("unnoticed", "no test fails with the bug")
-        if len(failing) > MOST_FAILING or len(failing) > len(kept):
+        if len({base_id(test) for test in failing}) > MOST_FAILING or len(failing) > len(kept):
             raise _No("broad", f"{len(failing)} tests fail with the bug, {len(kept)} pass")
         tests = {path: entry.data for path, entry in tree.items() if is_test(path)} | dict(candidate.tests)
         text = candidate.statement or self._statement(repository, candidate, before, failing, tests)
         hidden = {test.partition("::")[0] for test in failing} | set(candidate.tests)
         seen = self._visible(candidate, tree, tests, failing)
-        expected = self._chosen(failing, kept, after.seconds)
+        expected = self._chosen(failing, kept, seconds)
         base = images.task_image(self.store, image, tree, {**candidate.broken, **seen})
         return make_task(
-            repository.source, candidate, text, base, found.command, expected, failing, {path: tests.get(path) for path in hidden}
+            repository.source,
+            candidate,
+            text,
+            base,
+            found.command,
+            expected,
+            failing,
+            {path: tests.get(path) for path in hidden},
         )
 
     def _run(self, image: str, command: str, files: Mapping[str, bytes | None], tests: Iterable[str] = ()) -> Run:
@@ -267,7 +281,12 @@ class _Builder:
                 raise _No("hangs" if "timeout" in str(error) else "suite", str(error)) from None
 
     def _statement(
-        self, repository: _Repository, candidate: Candidate, before: Run, failing: Sequence[str], tests: Mapping[str, bytes | None]
+        self,
+        repository: _Repository,
+        candidate: Candidate,
+        before: Run,
+        failing: Sequence[str],
+        tests: Mapping[str, bytes | None],
     ) -> str:
         files = {path: data for path, data in tests.items() if data is not None}
         failed = [failure for failure in failures(before.junit, files) if failure.test in failing]
@@ -297,7 +316,9 @@ class _Builder:
         """The expected tests: of the files with failing ones, then of others, the quickest first, while they fit."""
         files = {test.partition("::")[0] for test in failing}
         spent = sum(seconds.get(path, 0.0) for path in files)
-        for path in sorted({test.partition("::")[0] for test in kept} - files, key=lambda path: (seconds.get(path, 0.0), path)):
+        for path in sorted(
+            {test.partition("::")[0] for test in kept} - files, key=lambda path: (seconds.get(path, 0.0), path)
+        ):
             spent += seconds.get(path, 0.0)
             if spent > SUITE_SECONDS:
                 break
@@ -336,5 +357,3 @@ def make_task(
         | dict(candidate.provenance),
         blobs={sha256(data): data for data in contents},
     )
-
-

@@ -236,7 +236,9 @@ class _Build:
         for path, entry in tree.items():
             if entry.link is not None:
                 parent, _, _ = path.rpartition("/")
-                lines.append(f"mkdir -p ./{shlex.quote(parent)}; ln -s -- {shlex.quote(entry.link)} ./{shlex.quote(path)}")
+                lines.append(
+                    f"mkdir -p ./{shlex.quote(parent)}; ln -s -- {shlex.quote(entry.link)} ./{shlex.quote(path)}"
+                )
         if lines:
             self._do("\n".join(lines), "build")
 
@@ -268,7 +270,12 @@ class _Build:
 
     def _editable(self, source: Source) -> None:
         version = source.version or "0.0.1"
-        names = ("SETUPTOOLS_SCM_PRETEND_VERSION", "PBR_VERSION", "PDM_BUILD_SCM_VERSION", "POETRY_DYNAMIC_VERSIONING_BYPASS")
+        names = (
+            "SETUPTOOLS_SCM_PRETEND_VERSION",
+            "PBR_VERSION",
+            "PDM_BUILD_SCM_VERSION",
+            "POETRY_DYNAMIC_VERSIONING_BYPASS",
+        )
         env = " ".join(f"{name}={shlex.quote(version)}" for name in names)
         self._pip(f"--no-deps -e {TESTBED}", "install", env)
 
@@ -302,7 +309,9 @@ class _Build:
         own = {part.removesuffix(".py") for path in tree for part in path.split("/")}
         tried: set[str] = set()
         for _ in range(_COLLECT_ROUNDS):
-            result = self.box.run(f"cd {TESTBED}; python -m pytest -q --setup-plan -p no:cacheprovider", timeout=SECONDS)
+            result = self.box.run(
+                f"cd {TESTBED}; python -m pytest -q --setup-plan -p no:cacheprovider", timeout=SECONDS
+            )
             names = {_PACKAGES_OF.get(name, name) for name in missing_modules(result.text()) if name not in own}
             if not any([self._try(name) for name in sorted(names - tried)]):
                 return

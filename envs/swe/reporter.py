@@ -91,7 +91,9 @@ class Reporter:
 def arguments(args, cache):
     """Of pytest: the suite's own options, then ours, which win: a cache of its own (a suite may name options of the plugin,
     so it stays), every test, in order, in this process."""
-    ours = ["-o", "cache_dir=" + cache, "-p", "no:randomly", "--maxfail=0", "--continue-on-collection-errors"]
+    ours = ["-p", "no:randomly", "--maxfail=0", "--continue-on-collection-errors"]
+    if "no:cacheprovider" not in args:
+        ours += ["-o", "cache_dir=" + cache]
     try:
         import xdist  # noqa: F401
     except ImportError:

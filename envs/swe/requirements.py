@@ -101,9 +101,7 @@ def _groups(groups: Mapping[str, Any]) -> Iterator[str]:
 
 def _poetry(table: Mapping[str, Any]) -> Iterator[str]:
     """Names only: poetry's version ranges are its own."""
-    groups = [
-        _dict(value).get("dependencies") for name, value in _dict(table.get("group")).items() if _is_test(name)
-    ]
+    groups = [_dict(value).get("dependencies") for name, value in _dict(table.get("group")).items() if _is_test(name)]
     for group in (table.get("dev-dependencies"), *groups):
         yield from _dict(group)
 

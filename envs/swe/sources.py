@@ -190,7 +190,9 @@ def _index() -> str:
     given = os.environ.get("PIP_INDEX_URL")
     if not given:
         ask = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
-        given = subprocess.run(ask, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL).stdout.strip()
+        given = subprocess.run(
+            ask, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        ).stdout.strip()
     return given or INDEX
 
 
@@ -346,7 +348,17 @@ def _clone(source: str, url: str, commit: str, cache: Path) -> Path:
     if path.is_dir():
         full = re.fullmatch(r"[0-9a-f]{40}", commit)
         if not (full and _run_git(path, "cat-file", "-t", commit, check=False) == b"commit\n"):
-            _run_git(path, "fetch", "--quiet", "--force", "--tags", url, "+HEAD:HEAD", "+refs/heads/*:refs/heads/*", what=source)
+            _run_git(
+                path,
+                "fetch",
+                "--quiet",
+                "--force",
+                "--tags",
+                url,
+                "+HEAD:HEAD",
+                "+refs/heads/*:refs/heads/*",
+                what=source,
+            )
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
@@ -388,7 +400,9 @@ def _run_git(path: Path, *args: str, stdin: bytes = b"", check: bool = True, wha
     except FileNotFoundError:
         raise ValueError("no git command on PATH; install git, or give a source distribution: pypi:NAME") from None
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{what or path}: git {args[0]} took more than {GIT_SECONDS:.0f} s; clone it by hand") from None
+        raise ValueError(
+            f"{what or path}: git {args[0]} took more than {GIT_SECONDS:.0f} s; clone it by hand"
+        ) from None
     if done.returncode and check:
         cause = " ".join(done.stderr.decode("utf-8", "replace").split())[-200:]
         raise ValueError(f"{what or path}: git {args[0]} failed ({cause}); check the address and the network")

@@ -8,20 +8,21 @@ solution fails now and then are flaky: they leave `expected` and are named in `q
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from envs.errors import InfraError
-from envs.sandbox.base import Backend, Changes, FileChange
+from envs.sandbox.base import Backend, Changes, FileChange, Sandbox
 from envs.swe.cheats import cheats
-from envs.swe.grading import Verdict, grade, keep
+from envs.swe.discovery import run_suite
+from envs.swe.grading import Verdict, apply, filtered, grade
+from envs.swe.ledger import Ledger
 from envs.task import Task, load_tasks, save_tasks
 
 Fault = Literal["", "gold", "flaky", "no-op", "alone", "cheat", "infra"]
@@ -104,12 +105,16 @@ def _gold(task: Task, backend: Backend, k: int, quality: dict[str, Any]) -> Task
     flaky = set.union(*missed)
     if flaky & set(task.grader.fail_to_pass) or not flaky or len(flaky) > MAX_FLAKY * len(task.grader.expected):
         always = set.intersection(*missed)
-        raise _Unsound("gold" if always or not flaky else "flaky", f"the gold solution is unresolved: {_worst(verdicts)}")
+        raise _Unsound(
+            "gold" if always or not flaky else "flaky", f"the gold solution is unresolved: {_worst(verdicts)}"
+        )
     sound = {test: want for test, want in task.grader.expected.items() if test not in flaky}
     calmer = replace(task, grader=replace(task.grader, expected=sound))
     for _ in range(k):
         if (verdict := grade(calmer, changes, backend)).outcome != "resolved":
-            raise _Unsound("flaky", f"without {len(flaky)} flaky tests the gold solution is {verdict.outcome}: {verdict.why}")
+            raise _Unsound(
+                "flaky", f"without {len(flaky)} flaky tests the gold solution is {verdict.outcome}: {verdict.why}"
+            )
     quality["flaky"] = sorted(flaky)
     return calmer
 
@@ -134,22 +139,28 @@ def _alone(task: Task, backend: Backend, quality: dict[str, Any]) -> None:
     if task.grader.kind != "tests" or not tests:
         return
     chosen = [tests[i * len(tests) // min(len(tests), MAX_ALONE)] for i in range(min(len(tests), MAX_ALONE))]
-    gold = gold_changes(task, backend)
-    for test in chosen:
-        single = replace(task, grader=replace(task.grader, expected={test: "pass"}, fail_to_pass=(test,)))
-        if grade(single, {}, backend).outcome == "resolved":
-            raise _Unsound("alone", f"{test} by itself passes without the solution")
-        if (verdict := grade(single, gold, backend)).outcome != "resolved":
-            raise _Unsound("alone", f"{test} by itself does not pass with the solution: {verdict.why}")
+    hidden = {path: FileChange(task.blob(name, path) if name else None) for path, name in task.grader.hidden.items()}
+    for what, changes, wanted in (("without", {}, False), ("with", gold_changes(task, backend), True)):
+        with _fresh(task, backend) as box:
+            apply(box, task.workdir, {**changes, **hidden})
+            for test in chosen:
+                run = run_suite(box, task.grader.command, task.grader.seconds, tests=[test])
+                if (run.outcomes.get(test) == "pass") != wanted:
+                    verb = "does not pass" if wanted else "passes"
+                    raise _Unsound("alone", f"{test} by itself {verb} {what} the solution")
     quality["alone"] = len(chosen)
+
+
+def _fresh(task: Task, backend: Backend) -> Sandbox:
+    return backend.create(base=task.base, workdir=task.workdir, files=task.files(task.setup), limits=task.limits)
 
 
 def _cheats(task: Task, backend: Backend, quality: dict[str, Any]) -> None:
     outcomes: dict[str, str] = {}
-    with backend.create(base=task.base, workdir=task.workdir, files=task.files(task.setup), limits=task.limits) as box:
+    with _fresh(task, backend) as box:
         patches = cheats(task, lambda path: box.read(f"{task.workdir}/{path}"))
     for name, changes in patches.items():
-        if not keep(changes, task.grader.protected)[0]:
+        if not filtered(task, changes)[0]:
             outcomes[name] = "unresolved"  # nothing of it is graded: it is the no-op
             continue
         verdict = grade(task, changes, backend)
@@ -163,7 +174,12 @@ def _cheats(task: Task, backend: Backend, quality: dict[str, Any]) -> None:
 
 
 def validate_set(
-    directory: Path, backend: Backend, *, k: int = 3, jobs: int = 2, report: Callable[[Finding, int, int], None] = lambda *_: None
+    directory: Path,
+    backend: Backend,
+    *,
+    k: int = 3,
+    jobs: int = 2,
+    report: Callable[[Finding, int, int], None] = lambda *_: None,
 ) -> list[Finding]:
     """Prove every task of a set. Sound ones get their `quality` in `tasks.jsonl`; the others go to `quarantine.jsonl`.
 
@@ -186,10 +202,14 @@ def validate_set(
                 expected = list(task.grader.expected)
                 ledger.append({"digest": _digest(before, k), **asdict(finding), "expected": expected})
             report(finding, len(done), len(tasks))
-    save_tasks([done[task.id][0] for task in tasks if done[task.id][1].ok or done[task.id][1].fault == "infra"], directory)
+    save_tasks(
+        [done[task.id][0] for task in tasks if done[task.id][1].ok or done[task.id][1].fault == "infra"], directory
+    )
     bad = [done[task.id] for task in tasks if done[task.id][1].fault not in ("", "infra")]
     if bad:
-        Ledger(directory / "quarantine.jsonl").extend({"why": f.why, "fault": f.fault, "task": t.to_json()} for t, f in bad)
+        Ledger(directory / "quarantine.jsonl").extend(
+            {"why": f.why, "fault": f.fault, "task": t.to_json()} for t, f in bad
+        )
     return [done[task.id][1] for task in tasks]
 
 
@@ -197,7 +217,9 @@ def count(findings: Iterable[Finding]) -> str:
     """`"150 valid; 3 cheat, 1 flaky refused"`."""
     faults = Counter(finding.fault for finding in findings)
     valid = faults.pop("", 0)
-    return f"{valid} valid" + (f"; {', '.join(f'{n} {fault}' for fault, n in sorted(faults.items()))} refused" if faults else "")
+    return f"{valid} valid" + (
+        f"; {', '.join(f'{n} {fault}' for fault, n in sorted(faults.items()))} refused" if faults else ""
+    )
 
 
 def _digest(task: Task, k: int) -> str:
@@ -209,41 +231,3 @@ def _recall(task: Task, row: Mapping[str, Any]) -> tuple[Task, Finding]:
     expected = {test: task.grader.expected[test] for test in row["expected"]}
     grader = replace(task.grader, expected=expected)
     return replace(task, grader=grader, quality=dict(finding.quality) | {"valid": finding.ok}), finding
-
-
-class Ledger:
-    """Rows of JSON, one a line, appended whole: a line that a kill cut short is left out when they are read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Every whole row, oldest first."""
-        if not self.path.exists():
-            return
-        for line in self.path.read_bytes().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row; it is on disk when this returns."""
-        self.extend([row])
-
-    def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write rows, each in one write."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            if file.tell() and not self._ends_with_newline():
-                file.write(b"\n")
-            for row in rows:
-                file.write(json.dumps(row, separators=(",", ":")).encode() + b"\n")
-                file.flush()
-
-    def _ends_with_newline(self) -> bool:
-        with self.path.open("rb") as file:
-            file.seek(-1, 2)
-            return file.read(1) == b"\n"

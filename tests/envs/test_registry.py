@@ -25,7 +25,8 @@ import requests
 
 from envs.errors import InfraError, Unsupported
 from envs.sandbox import bases, layers, registry
-from envs.sandbox.bases import OURS, find_base, layers_at
+from envs.sandbox.archives import OURS
+from envs.sandbox.bases import find_base, layers_at
 from envs.sandbox.docker import DockerBackend
 from envs.sandbox.native import NativeBackend
 from tests.envs.images import system, tar
