@@ -67,5 +67,5 @@ def test_bounded_time():
     assert 0 <= patch_similarity(OLD, huge, {"a.py": b"a" * 20_000}) < 0.8  # by lines, one of which differs
     assert patch_similarity({}, {"a.py": b"\n" * (1 << 20)}, {"a.py": b"\n" * 20_000}) == 0.0
     tangled = [{"a.py": bytes(rng.choice(b"ab") for _ in range(3000))} for _ in range(2)]
-    assert patch_similarity(OLD, *tangled) > 0.5
+    assert 0 < patch_similarity(OLD, *tangled) < 0.5
     assert time.process_time() - began < 30
