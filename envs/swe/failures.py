@@ -131,7 +131,7 @@ def _function(tree: ast.Module | None, line: int, test: str) -> ast.FunctionDef 
 
 def _arguments(text: str, code: str) -> str:
     """Parameters as pytest shows them before the source, those that `code` names; objects without a value left out."""
-    head = " ".join(text.split("\n\n")[0].splitlines()) if "\n\n" in text else ""
+    head = ", ".join(text.split("\n\n")[0].splitlines()) if "\n\n" in text else ""
     marks = list(_ARGUMENT.finditer(head)) if re.match(r"\w+ = ", head) else []
     shown = []
     ends = [*(m.start() for m in marks[1:]), len(head)]

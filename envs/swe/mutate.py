@@ -112,8 +112,8 @@ def _left_out(node: cst.FunctionDef) -> bool:
 def sites(path: str, source: bytes) -> list[Site]:
     """Every change that an operator could make to a file, in the order of the file. Raises `ValueError` for no Python."""
     place = Place(source)
-    if place.module.bytes != source or source.startswith(b"\xef\xbb\xbf"):
-        raise ValueError(f"{path} does not survive parsing byte by byte; leave the file out")
+    if place.module.code.encode() != source:  # spans are of UTF-8 without a mark
+        raise ValueError(f"{path} is not plain UTF-8; leave the file out")
     visitor = _Sites(path, place)
     place.module.visit(visitor)
     return visitor.found
