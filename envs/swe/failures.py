@@ -87,6 +87,8 @@ def _failure(
     trees: dict[str, ast.Module | None],
 ) -> Failure:
     said, text = bad.get("message", ""), bad.text or ""
+    if said == "collection failure":  # of a whole file; what it raised is in the text only
+        said = next((line[1:].strip() for line in reversed(text.splitlines()) if line.startswith("E ")), said)
     error, message = _split(said)
     if path not in trees:
         trees[path] = _tree(sources.get(path, b""))

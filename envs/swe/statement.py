@@ -63,7 +63,9 @@ def _choose(failed: Sequence[Failure]) -> list[Failure]:
 
 
 def words(test: str) -> str:
-    """A test's name as words: `tests/a.py::TestB::test_c_d[1]` is "c d"."""
+    """A test's name as words: `tests/a.py::TestB::test_c_d[1]` is "c d"; a whole file could not be imported."""
+    if "::" not in test:
+        return "import"
     name = test.split("::")[-1].split("[")[0]
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", re.sub(r"^test_?", "", name)).replace("_", " ").strip()
     return plain or name

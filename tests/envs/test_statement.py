@@ -165,7 +165,7 @@ def test_stable():
 
 def test_words():
     assert words("a.py::TestB::test_c_d[1-2]") == "c d" and words("a.py::C::testOddOne") == "Odd One"
-    assert words("a.py::test") == "test"
+    assert words("a.py::test") == "test" and words("tests/a.py") == "import"
 
 
 def test_ids_are_found_again():
@@ -173,6 +173,16 @@ def test_ids_are_found_again():
     assert node_id("tests.test_a.TestX", "test_y[1.5]", sources) == "tests/test_a.py::TestX::test_y[1.5]"
     assert node_id("tests.sub.test_b", "test_y", sources) == "tests/sub/test_b.py::test_y"
     assert node_id("", "tests.test_a", sources) == "tests/test_a.py"
+
+
+def test_a_file_that_can_t_be_imported():
+    report = b"""<testsuites><testcase classname="" name="tests.test_sums" file="tests/test_sums.py"><error
+      message="collection failure">x.py:1: in f
+    y
+E   NameError: name 'y' is not defined</error></testcase></testsuites>"""
+    [found] = failures(report, {"tests/test_sums.py": TESTS})
+    assert (found.test, found.error, found.message) == ("tests/test_sums.py", "NameError", "name 'y' is not defined")
+    assert "**Import**\n\nIt raises `NameError`:" in statement("shop", [found])
 
 
 @pytest.mark.parametrize("report", [b"", b"<a", b'<!DOCTYPE x [<!ENTITY a "b">]><x>&a;</x>'])
