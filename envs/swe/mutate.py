@@ -20,7 +20,7 @@ import libcst as cst
 
 from envs.swe.candidate import Candidate, is_generated, is_source, is_test
 from envs.swe.operators import OPERATORS, import_removed
-from envs.swe.place import Change, Place, is_docstring
+from envs.swe.place import BLANK, Change, Place, is_docstring
 from envs.syntax import parse
 from envs.task import sha256
 
@@ -58,6 +58,8 @@ class _Sites(cst.CSTVisitor):
         self._lines = [0, *(i + 1 for i, byte in enumerate(place.source) if byte == 10)]
 
     def on_visit(self, node: cst.CSTNode) -> bool:
+        if type(node) in BLANK:
+            return False
         if isinstance(node, cst.ClassDef | cst.FunctionDef):
             if isinstance(node, cst.FunctionDef) and _left_out(node):
                 return False

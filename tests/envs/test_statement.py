@@ -144,7 +144,7 @@ def test_leaks():
 
 def test_long_and_many_are_bounded():
     many = [
-        Failure(test=f"t.py::test_{i}", code="f()\n" * 2000, message="m" * 5000, error="a.b.KeyError", source="s")
+        Failure(test=f"t.py::test_{i}", code=f"f({i})\n" * 2000, message="m" * 5000, error="a.b.KeyError", source="s")
         for i in range(9)
     ]
     text = statement("shop", many)
@@ -155,6 +155,8 @@ def test_long_and_many_are_bounded():
 def test_the_same_test_is_shown_once():
     cases = [Failure(test=f"t.py::test_x[{i}]", code="f()") for i in range(3)]
     assert statement("shop", cases).count("**X**") == 1
+    inherited = [Failure(test=f"t.py::Test{i}::test_x", code="f()") for i in range(3)]
+    assert statement("shop", inherited).count("**X**") == 1
 
 
 def test_stable():
