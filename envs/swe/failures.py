@@ -87,6 +87,8 @@ def _failure(
     trees: dict[str, ast.Module | None],
 ) -> Failure:
     said, text = bad.get("message", ""), bad.text or ""
+    if said == "collection failure":  # of a whole file; what it raised is in the text only
+        said = next((line[1:].strip() for line in reversed(text.splitlines()) if line.startswith("E ")), said)
     error, message = _split(said)
     if path not in trees:
         trees[path] = _tree(sources.get(path, b""))
@@ -131,7 +133,7 @@ def _function(tree: ast.Module | None, line: int, test: str) -> ast.FunctionDef 
 
 def _arguments(text: str, code: str) -> str:
     """Parameters as pytest shows them before the source, those that `code` names; objects without a value left out."""
-    head = " ".join(text.split("\n\n")[0].splitlines()) if "\n\n" in text else ""
+    head = ", ".join(text.split("\n\n")[0].splitlines()) if "\n\n" in text else ""
     marks = list(_ARGUMENT.finditer(head)) if re.match(r"\w+ = ", head) else []
     shown = []
     ends = [*(m.start() for m in marks[1:]), len(head)]

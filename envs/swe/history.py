@@ -42,7 +42,10 @@ _TRAILER = re.compile(
 _DIFF = re.compile(r"^(diff --git |index [0-9a-f]+\.\.|@@ |\+\+\+ |--- |[+-](\s{2,}|[^\s+-]))|^\(cherry picked from")
 _REFERENCES = [
     (re.compile(r"https?://\S+"), ""),
-    (re.compile(r"\s*\(?\b(?:fixes|closes|resolves|fix|close|see|refs?|gh|pr|issue)?[ -]*#\d+\)?", re.I), ""),
+    (
+        re.compile(r"\s*\(?(?:\b(?:fixes|closes|resolves|fix|close|see|refs?|pr|issue)[ :]*)?(?:#|\bgh-)\d+\)?", re.I),
+        "",
+    ),
     (re.compile(r"\b(?=[0-9a-f]*\d)(?=[0-9a-f]*[a-f])[0-9a-f]{7,40}\b"), ""),
 ]
 _CONVENTIONAL = re.compile(r"^(?:fix|bug|bugfix|feat|chore|refactor|perf)(?:\([^)]*\))?!?:\s*", re.I)

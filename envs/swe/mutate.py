@@ -20,7 +20,7 @@ import libcst as cst
 
 from envs.swe.candidate import Candidate, is_generated, is_source, is_test
 from envs.swe.operators import OPERATORS, import_removed
-from envs.swe.place import Change, Place, is_docstring
+from envs.swe.place import BLANK, Change, Place, is_docstring
 from envs.syntax import parse
 from envs.task import sha256
 
@@ -58,6 +58,8 @@ class _Sites(cst.CSTVisitor):
         self._lines = [0, *(i + 1 for i, byte in enumerate(place.source) if byte == 10)]
 
     def on_visit(self, node: cst.CSTNode) -> bool:
+        if type(node) in BLANK:
+            return False
         if isinstance(node, cst.ClassDef | cst.FunctionDef):
             if isinstance(node, cst.FunctionDef) and _left_out(node):
                 return False
@@ -112,8 +114,8 @@ def _left_out(node: cst.FunctionDef) -> bool:
 def sites(path: str, source: bytes) -> list[Site]:
     """Every change that an operator could make to a file, in the order of the file. Raises `ValueError` for no Python."""
     place = Place(source)
-    if place.module.bytes != source or source.startswith(b"\xef\xbb\xbf"):
-        raise ValueError(f"{path} does not survive parsing byte by byte; leave the file out")
+    if place.module.code.encode() != source:  # spans are of UTF-8 without a mark
+        raise ValueError(f"{path} is not plain UTF-8; leave the file out")
     visitor = _Sites(path, place)
     place.module.visit(visitor)
     return visitor.found

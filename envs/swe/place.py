@@ -117,6 +117,12 @@ class Place:
         return False
 
 
+BLANK = frozenset(
+    [cst.SimpleWhitespace, cst.ParenthesizedWhitespace, cst.TrailingWhitespace, cst.EmptyLine, cst.Newline, cst.Comment]
+)
+"""Kinds of nodes without code in them: most of a tree."""
+
+
 def is_docstring(statement: cst.CSTNode) -> bool:
     """Whether a statement is only a string."""
     if not isinstance(statement, cst.SimpleStatementLine) or len(statement.body) != 1:
@@ -135,6 +141,8 @@ class _Found(cst.CSTVisitor):
         self.kinds, self.nodes = kinds, list[cst.CSTNode]()
 
     def on_visit(self, node: cst.CSTNode) -> bool:
+        if type(node) in BLANK:
+            return False
         if isinstance(node, self.kinds):
             self.nodes.append(node)
         return not isinstance(node, cst.FunctionDef | cst.Lambda)

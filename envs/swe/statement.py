@@ -55,15 +55,21 @@ def statement(name: str, failed: Sequence[Failure], candidate: Candidate | None 
 
 
 def _choose(failed: Sequence[Failure]) -> list[Failure]:
-    """The failures to show: of different tests, those with code and short ones first, then by id."""
-    best: dict[str, Failure] = {}
+    """The failures to show: of different tests and code, those with code and short ones first, then by id."""
+    chosen: list[Failure] = []
+    seen: set[str] = set()
     for failure in sorted(failed, key=lambda f: (not f.code, len(f.code) + len(f.message), f.test)):
-        best.setdefault(failure.test.split("[")[0], failure)
-    return list(best.values())[:MAX_SHOWN]
+        marks = {failure.test.split("[")[0], failure.code or failure.test}
+        if seen.isdisjoint(marks):
+            chosen.append(failure)
+        seen |= marks
+    return chosen[:MAX_SHOWN]
 
 
 def words(test: str) -> str:
-    """A test's name as words: `tests/a.py::TestB::test_c_d[1]` is "c d"."""
+    """A test's name as words: `tests/a.py::TestB::test_c_d[1]` is "c d"; a whole file could not be imported."""
+    if "::" not in test:
+        return "import"
     name = test.split("::")[-1].split("[")[0]
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", re.sub(r"^test_?", "", name)).replace("_", " ").strip()
     return plain or name
