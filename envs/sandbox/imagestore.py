@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from envs.errors import Unsupported
-from envs.sandbox.bases import OURS, image_file, is_archive
+from envs.sandbox.archives import OURS, image_file
+from envs.sandbox.bases import is_archive
 from envs.sandbox.capture import TIME
 
 _CREATED = "2020-01-01T00:00:00Z"
@@ -38,7 +39,9 @@ class ImageStore:
         try:
             self._blobs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"images {self.directory}: {error.strerror}; name a directory that can be written") from None
+            raise ValueError(
+                f"images {self.directory}: {error.strerror}; name a directory that can be written"
+            ) from None
         with self._locked():
             if not (self.directory / "index.json").exists():
                 self._replace("index.json", {"schemaVersion": 2, "manifests": []})
@@ -230,7 +233,7 @@ def docker_archive(layout: Path, digest: str, skip: int = 0) -> Iterator[bytes]:
         size = (blobs / layer).stat().st_size
         yield _header(f"{layer}/layer.tar", size)
         with (blobs / layer).open("rb") as file:
-            yield from iter(lambda: file.read(_CHUNK), b"")  # noqa: B023  # read before the next layer
+            yield from iter(lambda: file.read(_CHUNK), b"")
         yield _padding(size)
     yield bytes(2 * tarfile.BLOCKSIZE)
 
