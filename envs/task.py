@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from envs.fields import build
+from envs.sandbox.archives import offer
 from envs.sandbox.base import Limits
-from envs.sandbox.bases import offer
 
 
 def sha256(data: bytes) -> str:

@@ -11,35 +11,27 @@ import contextlib
 import functools
 import hashlib
 import io
-import json
 import lzma
 import os
+import re
 import stat
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from envs.errors import Unsupported
-from envs.sandbox.archives import (
-    DIGEST,
-    JSON_MAX,
-    Archive,
-    Directory,
-    Store,
-    blob,
-    check_architecture,
-    env_of,
-    manifest,
-)
+from envs.sandbox.archives import Archive, Directory, Layout, Store, check_architecture, image_env, manifest, offered
 from envs.sandbox.helper import cache_dir
 from envs.sandbox.hostbase import environment, skeleton
 from envs.sandbox.layers import NAME, Lease, full_disk, layers_dir
 from envs.sandbox.walk import is_opaque
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_DIGEST = re.compile(r"^[0-9a-f]{64}$")
+_JSON_MAX = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -57,9 +49,8 @@ def find_base(name: str) -> Base:
     """The base called `name`, unpacked where it was not yet.
 
     name: "host"; the path of an archive (a root file system as tar, `docker save`, an OCI layout as directory or tar); the
-    digest of an image's configuration (`sha256:…`) in a layout that was offered; the name, or that digest, of a local
-    Docker image; or that of an image in a registry, `HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]`. Raises `Unsupported`, one
-    line, leaving nothing behind, and `InfraError` where a registry or the disk fails.
+    digest (`sha256:…`) of an image in a layout that was offered; the name or digest of a local Docker image; or that of an image in a registry, `HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]`. Raises
+    `Unsupported`, one line, leaving nothing behind, and `InfraError` where a registry or the disk fails.
     """
     with standing_on(name) as base:
         return base
@@ -72,30 +63,14 @@ def standing_on(name: str) -> Iterator[Base]:
     try:
         if name == "host":
             yield _host(lease)
-        elif layout := offered(name):
-            yield _offered(lease, layout, name)
         else:
-            yield _archive(Path(name), lease) if is_archive(name) else _docker_image(lease, name)
+            layout = offered(name)
+            if layout is not None:
+                yield _offered(lease, layout, name)
+            else:
+                yield _archive(Path(name), lease) if is_archive(name) else _docker_image(lease, name)
     finally:
         lease.close()
-
-
-_layouts: dict[Path, None] = {}
-
-
-def offer(directory: str | Path) -> None:
-    """From now on, find images by digest in the OCI layout `directory`, too, the latest offered first. Threads may."""
-    path = Path(directory).absolute()
-    _layouts.pop(path, None)
-    _layouts[path] = None
-
-
-def offered(name: str) -> Path | None:
-    """The offered layout that has the image `sha256:…`."""
-    kind, _, digest = name.partition(":")
-    if kind != "sha256" or not DIGEST.match(digest):
-        return None
-    return next((path for path in reversed(list(_layouts)) if (path / "blobs/sha256" / digest).is_file()), None)
 
 
 def is_archive(name: str) -> bool:
@@ -200,19 +175,7 @@ def _archive_at(lease: Lease, path: Path, size: int, mtime_ns: int) -> Base:
 
 @_Remembered
 def _offered(lease: Lease, layout: Path, name: str) -> Base:
-    """An image of a layout whose layers are uncompressed, so that their digests name their blobs."""
-    with Directory(layout).open(blob({"digest": name})) as file:
-        data = file.read(JSON_MAX)
-    if f"sha256:{hashlib.sha256(data).hexdigest()}" != name:
-        raise Unsupported(f"base={name!r}: its blob in {layout} has other content than its digest says; copy it again")
-    try:
-        config = json.loads(data)
-        blobs = [blob({"digest": digest}) for digest in config["rootfs"]["diff_ids"]]
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise Unsupported(f"base={name!r}: its blob in {layout} is no image's configuration ({error!r})") from None
-    check_architecture(config.get("architecture"), f"base={name!r}")
-    digests = [blob.rpartition("/")[2] for blob in blobs]
-    return _unpacked(Directory(layout), config, digests, blobs, f"base={name!r}", lease)
+    return _image(Layout(layout, name), f"base={name!r}", lease)
 
 
 @_Remembered
@@ -255,7 +218,7 @@ def _docker_image(lease: Lease, name: str) -> Base:
                 file.seek(0)
                 with tarfile.open(fileobj=file) as tar:
                     return _image(Archive(tar), what, lease)
-        return _checked(names, env_of(found.attrs["Config"]), what, lease)
+        return _checked(names, image_env(found.attrs["Config"]), what, lease)
     finally:
         client.close()
 
@@ -284,16 +247,12 @@ def _checked(layers: tuple[str, ...], env: Mapping[str, str], what: str, lease: 
 
 def _image(store: Store, what: str, lease: Lease) -> Base:
     """Unpack the image in an archive's manifest."""
-    config, digests, blobs = manifest(store, what)
-    return _unpacked(store, config, digests, blobs, what, lease)
-
-
-def _unpacked(store: Store, config: Any, digests: Sequence[str], blobs: Sequence[str], what: str, lease: Lease) -> Base:
+    image = manifest(store, what)
     layers: list[str] = []
     with lease.whole():
-        for digest, name in zip(digests, blobs, strict=True):
+        for digest, blob in zip(image.digests, image.blobs, strict=True):
             try:
-                layers.insert(0, lease.put(digest, functools.partial(store.open, name), what))
+                layers.insert(0, lease.put(digest, functools.partial(store.open, blob), what))
             except KeyError:
-                raise Unsupported(f"{what}: layer {name!r} is missing; {store.REMEDY}") from None
-        return _checked(_once(layers), env_of(config.get("config")), what, lease)
+                raise Unsupported(f"{what}: layer {blob!r} is missing; {store.REMEDY}") from None
+        return _checked(_once(layers), image.env, what, lease)

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-import operator
 import os
 import secrets
 import shutil
@@ -33,13 +31,13 @@ from typing import Any, NamedTuple
 from envs.errors import InfraError, Unsupported
 from envs.sandbox import cgroups, reaper
 from envs.sandbox.base import Changes, Limits, Sandbox, Snapshot
-from envs.sandbox.bases import Base, is_archive, layer_names, layers_at, offered, standing_on
+from envs.sandbox.bases import Base, layers_at, standing_on
 from envs.sandbox.brokered import Files, Start, start_from
 from envs.sandbox.channel import Channel, SetupError
+from envs.sandbox.engine import engine_image, host_image
 from envs.sandbox.helper import helper_path, unprivileged
-from envs.sandbox.hostbase import bind_paths, check_workdir, environment, etc_files, skeleton, skeleton_name
+from envs.sandbox.hostbase import bind_paths, check_workdir, environment, etc_files
 from envs.sandbox.hoststore import mount_store
-from envs.sandbox.imagestore import docker_archive, image_layers
 from envs.sandbox.layers import layers_dir
 from envs.sandbox.owner import current
 from envs.sandbox.registry import provide
@@ -210,7 +208,7 @@ class DockerBackend(StackedBackend):
         client, key = self._connected(), (name, base.layers)
         with self._lock:
             if key not in self._images:
-                image = _engine_image(client, name, base) if base.image else _host_image(client)
+                image = engine_image(client, name, base) if base.image else host_image(client, UID)
                 base = replace(base, env={**base.env, **environment(), "PATH": base.env["PATH"]})
                 volumes = tuple(map(os.path.normpath, (image.attrs["Config"] or {}).get("Volumes") or ()))
                 self._images[key] = _Image(image.id, base, volumes)
@@ -314,55 +312,6 @@ def _end(stream: socket.socket, container: Any) -> None:
         stream.shutdown(socket.SHUT_RDWR)
     _discard(container)
     stream.close()  # last: a thread that waits for a command's end would go on to wait on whoever got the number next
-
-
-def _engine_image(client: Any, name: str, base: Base) -> Any:
-    """The engine's image that has the layers of `base`."""
-    import docker
-
-    found = [name] if not is_archive(name) else []
-    if is_archive(name) or offered(name):
-        found += [entry["Id"] for entry in client.api.images()]
-    for known in found:
-        with contextlib.suppress(docker.errors.ImageNotFound):  # removed meanwhile
-            image = client.images.get(known)
-            if layer_names(image) == base.layers[1:]:
-                return image
-    if layout := offered(name):
-        return _loaded(client, layout, name)
-    if not is_archive(name):
-        raise Unsupported(f"base={name!r}: the name has been given to another image meanwhile; start again")
-    raise Unsupported(
-        f"base={name!r}: the engine has no image of these layers; docker load -i {name} (a plain root file system: docker"
-        f" import {name} NAME, and base='NAME'), or use the native backend"
-    )
-
-
-def _loaded(client: Any, layout: Path, name: str) -> Any:
-    """Load an image of a layout into the engine. It is asked without the layers that it has, then, if it minds, with all."""
-    import docker
-
-    wanted = image_layers(layout, name)
-    chains = [client.images.get(entry["Id"]).attrs["RootFS"].get("Layers") or [] for entry in client.api.images()]
-    shared = max(
-        (sum(1 for _ in itertools.takewhile(bool, map(operator.eq, wanted, chain))) for chain in chains), default=0
-    )
-    for skip in dict.fromkeys((shared, 0)):
-        with contextlib.suppress(docker.errors.APIError, docker.errors.ImageLoadError):
-            return client.images.load(docker_archive(layout, name, skip))[0]
-    raise InfraError(f"base={name!r}: the engine can't load it; see its log")
-
-
-def _host_image(client: Any) -> Any:
-    """The skeleton that the host's own files are mounted over; imported at first use, a few kilobytes."""
-    import docker
-
-    try:
-        return client.images.get(skeleton_name())
-    except docker.errors.ImageNotFound:
-        name, _, tag = skeleton_name().partition(":")
-        client.api.import_image_from_data(skeleton(UID), repository=name, tag=tag)
-        return client.images.get(skeleton_name())
 
 
 def _run(client: Any, options: dict[str, Any]) -> Any:

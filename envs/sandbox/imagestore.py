@@ -233,7 +233,7 @@ def docker_archive(layout: Path, digest: str, skip: int = 0) -> Iterator[bytes]:
         size = (blobs / layer).stat().st_size
         yield _header(f"{layer}/layer.tar", size)
         with (blobs / layer).open("rb") as file:
-            yield from iter(lambda: file.read(_CHUNK), b"")  # read before the next layer
+            yield from iter(lambda: file.read(_CHUNK), b"")
         yield _padding(size)
     yield bytes(2 * tarfile.BLOCKSIZE)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from envs.errors import SandboxDead
-from envs.sandbox.base import Backend, Limits
-from envs.swe.images import TESTBED, Refused
+from envs.sandbox.base import Backend, Limits, Sandbox
+from envs.swe.install import TESTBED, Refused
 
 COMMAND = "python -m pytest --rootdir=. -p no:cacheprovider -p no:randomly"
 """Run in the work directory, with test files or ids as arguments. With `--rootdir` ids are relative to it, whatever is run;
@@ -76,7 +76,7 @@ def discover(
 ) -> Discovery:
     """Run the whole suite of an image's repository `runs` times, each in a new sandbox.
 
-    timeout: seconds of one run. Raises `images.Refused`, one line, where there are no tests, none passes twice, or the suite
+    timeout: seconds of one run. Raises `Refused`, one line, where there are no tests, none passes twice, or the suite
     does not end; `InfraError` where the sandbox failed.
     """
     found = []
@@ -85,6 +85,17 @@ def discover(
         with backend.create(base=image, workdir=TESTBED, limits=limits) as box:
             command = command or f"{COMMAND}{_options(box)}"
             found.append(run_suite(box, command, timeout))
+    return _summary(command, found)
+
+
+def _options(box: Any) -> str:
+    code = f"import importlib.util as u; print(*(o for m, o in {_EXTRA!r}.items() if u.find_spec(m)))"
+    options = box.run(f'python -c "{code}"', timeout=60).text().strip()
+    return f" {options}" if options else ""
+
+
+def _summary(command: str, found: Sequence[Run]) -> Discovery:
+    """What several runs of one suite have in common."""
     first, tests, unstable = found[0], {}, []
     for test in sorted({test for run in found for test in run.outcomes}):
         outcomes = {run.outcomes.get(test, "") for run in found}
@@ -100,29 +111,24 @@ def discover(
     return Discovery(
         command=command,
         tests=tests,
-        seconds={file: round(sum(run.seconds.get(file, 0.0) for run in found) / runs, 4) for file in files},
+        seconds={file: round(sum(run.seconds.get(file, 0.0) for run in found) / len(found), 4) for file in files},
         unstable=tuple(unstable),
         broken=tuple(sorted(first.broken)),
         doctests=len(first.doctests),
-        wall=round(sum(run.wall for run in found) / runs, 2),
+        wall=round(sum(run.wall for run in found) / len(found), 2),
     )
 
 
-def _options(box: Any) -> str:
-    code = f"import importlib.util as u; print(*(o for m, o in {_EXTRA!r}.items() if u.find_spec(m)))"
-    options = box.run(f'python -c "{code}"', timeout=60).text().strip()
-    return f" {options}" if options else ""
-
-
-def run_suite(box: Any, command: str, timeout: float, *, tests: Iterable[str] = (), junit: bool = False) -> Run:
+def run_suite(box: Sandbox, command: str, timeout: float, *, tests: Iterable[str] = (), junit: bool = False) -> Run:
     """Run the suite in a sandbox, or only `tests` (files or ids). Raises `Refused` where it does not end by itself or says
     nothing, `SandboxDead`."""
     box.write(_PLUGIN, _SOURCE.encode())
-    options = "-p codeworld_report --continue-on-collection-errors -q --tb=short"
+    options = "-q --tb=short"
     if junit:
-        options = f"-p codeworld_report --continue-on-collection-errors -vv --tb=auto --junitxml={_JUNIT} -o junit_family=xunit1"
+        options = f"-vv --tb=auto --junitxml={_JUNIT} -o junit_family=xunit1"
     named = " ".join(shlex.quote(test) for test in tests)
-    result = box.run(f"cd {TESTBED}; rm -f {_REPORT}; PYTHONPATH=/tmp {command} {options} {named}", timeout=timeout)
+    script = f"cd {TESTBED}; rm -f {_REPORT}; PYTHONPATH=/tmp {command} -p codeworld_report --continue-on-collection-errors"
+    result = box.run(f"{script} {options} {named}", timeout=timeout)
     if result.cause == "dead":
         raise SandboxDead("the sandbox died while a suite ran")
     run = Run(wall=result.wall)
@@ -212,7 +218,7 @@ def pytest_runtest_logreport(report):
 def pytest_collectreport(report):
     if report.failed:
         text = str(getattr(report.longrepr, "longrepr", report.longrepr)).strip().splitlines()
-        _say(what="broken", id=report.nodeid, why=text[-1][-200:] if text else "")
+        _say(what="broken", id=report.nodeid, why=text[-1].removeprefix("E").strip()[-200:] if text else "")
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -25,12 +25,75 @@ FILES = tuple(
 )
 """Requirements files by their usual names."""
 TOOLS = frozenset(
-    """auditwheel autopep8 bandit black build bump2version bumpversion check-manifest codecov commitizen coveralls cruft
-    docformatter flake8 furo gitpython hatch interrogate ipdb ipython isort jupyter mkdocs mkdocs-material mypy
-    myst-parser nox pdbpp pip pip-tools pre-commit pycodestyle pydocstyle pyflakes pylint pyright pyroma pytest-black
-    pytest-checkdocs pytest-enabler pytest-flake8 pytest-isort pytest-mypy pytest-pylint pytest-ruff pyupgrade
-    python-semantic-release radon readme-renderer release rst2pdf ruff safety setuptools-scm sphinx sphinx-autobuild
-    sphinx-rtd-theme towncrier tox tox-uv twine types-pyyaml uv validate-pyproject vulture wheel zest-releaser""".split()
+    [
+        "auditwheel",
+        "autopep8",
+        "bandit",
+        "black",
+        "build",
+        "bump2version",
+        "bumpversion",
+        "check-manifest",
+        "codecov",
+        "commitizen",
+        "coveralls",
+        "cruft",
+        "docformatter",
+        "flake8",
+        "furo",
+        "gitpython",
+        "hatch",
+        "interrogate",
+        "ipdb",
+        "ipython",
+        "isort",
+        "jupyter",
+        "mkdocs",
+        "mkdocs-material",
+        "mypy",
+        "myst-parser",
+        "nox",
+        "pdbpp",
+        "pip",
+        "pip-tools",
+        "pre-commit",
+        "pycodestyle",
+        "pydocstyle",
+        "pyflakes",
+        "pylint",
+        "pyright",
+        "pyroma",
+        "pytest-black",
+        "pytest-checkdocs",
+        "pytest-enabler",
+        "pytest-flake8",
+        "pytest-isort",
+        "pytest-mypy",
+        "pytest-pylint",
+        "pytest-ruff",
+        "pyupgrade",
+        "python-semantic-release",
+        "radon",
+        "readme-renderer",
+        "release",
+        "rst2pdf",
+        "ruff",
+        "safety",
+        "setuptools-scm",
+        "sphinx",
+        "sphinx-autobuild",
+        "sphinx-rtd-theme",
+        "towncrier",
+        "tox",
+        "tox-uv",
+        "twine",
+        "types-pyyaml",
+        "uv",
+        "validate-pyproject",
+        "vulture",
+        "wheel",
+        "zest-releaser",
+    ]
 )
 """What development lists name beside the tests' own needs. Where a test does import one, collection tells."""
 _DEPTH = 8
@@ -44,6 +107,15 @@ def build_system(tree: Tree) -> bool:
 def pyproject(tree: Tree) -> dict[str, Any]:
     """`pyproject.toml`; empty where there is none that can be read."""
     return _toml(tree, "pyproject.toml")
+
+
+def build_requirements(tree: Tree) -> list[str]:
+    """What building the package will surely ask for, as far as it is said without markers. The installer knows the rest."""
+    table = _dict(pyproject(tree).get("build-system"))
+    found = _strings(table.get("requires")) or ["setuptools", "wheel"]
+    if any(name_of(requirement) == "hatchling" for requirement in found):
+        found.append("editables")  # asked for by its hook for editable installations
+    return [requirement for requirement in found if ";" not in requirement]
 
 
 def test_requirements(tree: Tree) -> list[str]:

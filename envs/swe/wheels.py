@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from envs.swe.sources import sdist
+from envs.swe.index import sdist
 
 SECONDS = 600.0
 """Wall clock of one `pip download`."""
