@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -124,6 +125,8 @@ def sentinels(hidden: Mapping[str, bytes], rng: random.Random) -> tuple[dict[str
 
 def grade(task: Task, changes: Changes, backend: Backend, *, rng: random.Random | None = None) -> Verdict:
     """Judge an attempt in a fresh sandbox. Raises `InfraError` when the sandbox failed, never for what the attempt did."""
+    if task.grader.kind == "swe_bench":
+        return importlib.import_module("envs.swe.log_grading").grade(task, changes, backend)  # type: ignore[no-any-return]
     rng = rng or random.SystemRandom()
     kept, dropped = keep(changes, task.grader.protected)
     hidden = task.files(task.grader.hidden)

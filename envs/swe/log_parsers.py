@@ -178,6 +178,24 @@ PARSERS: dict[str, Parser] = {
 }
 """The seven that SWE-bench Verified uses: log (text between the markers) → test id → status word."""
 
+
+def swe_smith(log: str) -> dict[str, str]:
+    """pytest's verbose progress lines, `id STATUS`. Source: SWE-smith, `swesmith/harness/log_parsers.py`."""
+    return {m[1]: m[2] for m in re.finditer(rf"^(\S+)[^\S\n]+({'|'.join(STATUS)})", log, re.MULTILINE)}
+
+
+def r2e(log: str) -> dict[str, str]:
+    """pytest's short summary, ids without their file and with dots. Source: R2E-Gym, `repo_analysis/execution_log_parser.py`."""
+    found = {}
+    for line in re.sub(r"\x1b\[\d+m", "", log).partition("short test summary info")[2].split("\n"):
+        if status := next((word for word in ("PASSED", "FAILED", "ERROR") if word in line), ""):
+            found[".".join(line.split("::")[1:]).partition(" - ")[0]] = status
+    return found
+
+
+READERS: dict[str, Parser] = PARSERS | {"swe_smith": swe_smith, "r2e": r2e}
+"""Every parser that a task may name: those of SWE-bench and of sets that read logs in their own way."""
+
 _ALIASES = {
     "pytest": "astroid flask marshmallow pvlib pyvista sqlfluff xarray",
     "pytest_options": "pydicom requests pylint",
@@ -237,7 +255,7 @@ def official(
 
     Args:
         log: what the script printed, with the marker lines; `\\r` ends a line, as where a text file is read.
-        parser: key of `PARSERS`.
+        parser: key of `READERS`.
         eval_type: "pass_and_fail", or "fail_only" where a runner names failures alone: an id without verdict has passed.
     """
     log = log.replace("\r\n", "\n").replace("\r", "\n")
@@ -247,11 +265,13 @@ def official(
     if code and len(code[1]) > 20:
         return Report(applied=False)
     left = int(code[1]) if code else None
-    parse = PARSERS[parser]
+    parse = READERS[parser]
     status = parse(log.split(START)[1].partition(END)[0]) or parse(log)
     if not status or (left and FAILING.isdisjoint(status.values())):
         return Report(applied=False, status=status, exit=left)
-    passed, failed, ignored = [], [], []
+    passed: list[str] = []
+    failed: list[str] = []
+    ignored: list[str] = []
     for tests, good in ((fail_to_pass, PASSING), (pass_to_pass, PASSING | {"SKIPPED"})):
         for test in tests:
             if eval_type == "fail_only":
