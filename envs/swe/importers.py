@@ -8,6 +8,7 @@ repository; `plant` makes the task of it.
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import shlex
@@ -79,7 +80,7 @@ def swe_gym(row: Row, where: str) -> Task:
         gold=patch,
         fail=failing,
         keeps=ids(keeps, f"{where}: PASS_TO_PASS"),
-        protected=patches.paths(tests),
+        protected=patches.globs(tests),
         provenance={"source": "swe_gym", "repo": repo, "commit": str(row.get("base_commit") or "")},
     )
 
@@ -107,7 +108,7 @@ def swe_rebench(row: Row, where: str) -> Task:
         gold=patch,
         fail=ids(fail, f"{where}: FAIL_TO_PASS"),
         keeps=ids(keeps, f"{where}: PASS_TO_PASS"),
-        protected=patches.paths(tests),
+        protected=patches.globs(tests),
         provenance={"source": "swe_rebench", "repo": repo, "commit": str(row.get("base_commit") or "")},
     )
 
@@ -145,7 +146,7 @@ def swe_smith(row: Row, where: str) -> Task:
         gold=bug,
         fail=failing,
         keeps=[test for test in keeping if test.partition("::")[0] in files],
-        protected=files,
+        protected=[glob.escape(path) for path in files],
         provenance={"source": "swe_smith", "repo": str(row.get("repo") or ""), "image": str(image)},
     )
 
@@ -166,7 +167,9 @@ def plant(task: Task, base: str, backend: Backend) -> Task:
     files = {path: change.data or b"" for path, change in made.changes.items()}
     blobs = {**task.blobs, sha256(gold): gold} | {sha256(data): data for data in files.values()}
     setup = {path: sha256(data) for path, data in files.items()}
-    return replace(task, setup=setup, grader=replace(task.grader, gold_patch=sha256(gold)), blobs=blobs)
+    return replace(
+        task, setup={**task.setup, **setup}, grader=replace(task.grader, gold_patch=sha256(gold)), blobs=blobs
+    )
 
 
 def r2e_gym(row: Row, where: str) -> Task:
@@ -177,15 +180,15 @@ def r2e_gym(row: Row, where: str) -> Task:
     )  # fmt: skip
     name = f"{repo}-{commit}"
     where = f"{where} ({name})"
-    words = {
-        re.sub(r"\x1b\[\d+m", "", k).partition(" - ")[0]: v
-        for k, v in _json(expected, f"{where}: expected_output_json").items()
-    }
     ran, parsed = (
         _json(value, f"{where}: {what}")
         for value, what in ((ran, "execution_result_content"), (parsed, "parsed_commit_content"))
     )
     try:
+        words = {
+            re.sub(r"\x1b\[\d+m", "", test).partition(" - ")[0]: word
+            for test, word in _json(expected, f"{where}: expected_output_json").items()
+        }
         tests = dict(zip(ran["test_file_names"], ran["test_file_codes"], strict=True))
         was = r2e_log(str(ran.get("old_commit_res_stdout") or ""))
         sides: list[dict[str, FileChange]] = [{}, {}]
@@ -194,7 +197,7 @@ def r2e_gym(row: Row, where: str) -> Task:
             if not re.search(r"(^|/)([Tt]ests?/|test_[^/]*$)|_test\.py$", path):
                 for side, text in zip(sides, (diff["old_file_content"], diff["new_file_content"]), strict=True):
                     side[path] = FileChange(text.encode() if text else None)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: its commit or its tests are not of the known shape ({error!r})") from None
     right = [test for test, word in words.items() if word == "PASSED"]
     return log_task(
@@ -263,7 +266,8 @@ def load_rows(
             seen.add(task.id)
             found.append(task)
         except (ValueError, TypeError, AttributeError) as error:
-            found.append(Refused(row=number, id=name, why=" ".join(str(error).split())))
+            why = " ".join(str(error).split())
+            found.append(Refused(row=number, id=name, why=why if why.startswith(where) else f"{where}: {why}"))
     refused = [row for row in found if isinstance(row, Refused)]
     report(
         f"{source}: {len(found) - len(refused)} tasks, {len(refused)} rows refused"

@@ -5,6 +5,7 @@ Everything that interprets a patch of unknown origin does so in a pristine sandb
 
 from __future__ import annotations
 
+import glob
 import re
 import subprocess
 import tempfile
@@ -139,6 +140,11 @@ def _meta(section: Section, line: str) -> bool:
 def paths(patch: str) -> list[str]:
     """Every path that a patch names, before or after."""
     return list(dict.fromkeys(p for s in sections(patch) for p in (s.old, s.new) if p))
+
+
+def globs(patch: str) -> list[str]:
+    """Globs that match exactly the paths of a patch."""
+    return [glob.escape(path) for path in paths(patch)]
 
 
 # ---- changes → patch ----

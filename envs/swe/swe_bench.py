@@ -5,7 +5,6 @@ row ─► Task (grader "swe_bench": evaluation script, parser, expected ids)
 
 from __future__ import annotations
 
-import glob
 import json
 import re
 import shlex
@@ -163,7 +162,7 @@ def task_of(row: Mapping[str, Any], where: str) -> Task:
         gold=str(row["patch"]),
         fail=fail,
         keeps=keeps,
-        protected=patches.paths(test_patch),
+        protected=patches.globs(test_patch),
         provenance={
             "source": "swe_bench",
             "repo": repo,
@@ -199,7 +198,7 @@ def log_task(
         script=sha256(script.encode()),
         parser=parser,
         hidden={path: sha256(data) for path, data in hidden.items()},
-        protected=tuple(glob.escape(path) for path in fields.pop("protected", ())),
+        protected=tuple(fields.pop("protected", ())),
         seconds=SECONDS,
     )
     prompt = fields.pop("prompt", None) or str(row.get("problem_statement") or "")

@@ -16,29 +16,25 @@ from envs.task import sha256
 
 FILES = {
     "calc.py": b'def add(a, b):\n    """Sum."""\n    return a - b\n\n\ndef double(a):\n    return 2 * a\n',
-    "tests/test_calc.py": b"from calc import double\n\n\ndef test_double():\n    assert double(2) == 4\n",
+    "tests/test_calc.py": b"from calc import double\n# Tests.\ndef test_double():\n    assert double(2) == 4\n",
     "notes.txt": b"no newline at the end",
 }
 GOLD = """diff --git a/calc.py b/calc.py
 --- a/calc.py
 +++ b/calc.py
-@@ -1,6 +1,6 @@
+@@ -1,3 +1,3 @@
  def add(a, b):
      \"\"\"Sum.\"\"\"
 -    return a - b
 +    return a + b
- 
- 
- def double(a):
 """
 TESTS = """diff --git a/tests/test_calc.py b/tests/test_calc.py
 --- a/tests/test_calc.py
 +++ b/tests/test_calc.py
-@@ -1,5 +1,9 @@
+@@ -1,4 +1,8 @@
 -from calc import double
 +from calc import add, double
- 
- 
+ # Tests.
  def test_double():
      assert double(2) == 4
 +
@@ -172,7 +168,7 @@ def test_no_forgery_is_resolved(native, forgery):
     assert verdict.outcome in ("invalid", "unresolved"), verdict
     if "conftest" in forgery:
         assert verdict.outcome == "unresolved" and verdict.dropped  # it had no effect at all
-    elif "tests edited" != forgery and "module" not in forgery:
+    elif forgery != "tests edited" and "module" not in forgery:
         assert verdict.outcome == "invalid", verdict
 
 
@@ -270,7 +266,7 @@ def test_a_patch_that_can_not_be_applied_is_unresolved(native, case):
 
 
 def test_a_patch_is_applied_with_fuzz_where_git_refuses(native):
-    patch = GOLD.replace(' def double(a):\n"""', '"""').replace('     """Sum."""', '     """Total."""')
+    patch = GOLD.replace('     """Sum."""', '     """Total."""')
     assert "Total" in patch
     assert patches.patch_changes(task(), patch, native).changes == RIGHT
 
@@ -306,9 +302,13 @@ def test_classic_rows_get_a_script_of_ours():
     assert "--parallel 1 test_calc\n" in script and made.grader.parser == "django" and made.base == ""
     assert script.index("git apply") < script.index(START) < script.index(END)
     assert made.grader.protected == ("tests/test_calc.py",) and made.grader.fail_to_pass == (F2P,)
-    assert [
-        swe_bench.python_of("django/django", v) for v in ("1.11", "3.2", "4.0", "4.2", "5.0")
-    ] == "3.5 3.6 3.8 3.9 3.11".split()
+    assert [swe_bench.python_of("django/django", v) for v in ("1.11", "3.2", "4.0", "4.2", "5.0")] == [
+        "3.5",
+        "3.6",
+        "3.8",
+        "3.9",
+        "3.11",
+    ]
 
 
 REFUSED = {
@@ -344,12 +344,11 @@ def test_a_batch_goes_on_past_broken_rows(tmp_path):
 
 def test_rows_from_every_kind_of_file(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     rows = [row(), row(instance_id="b")]
     (tmp_path / "a.json").write_text(json.dumps({r["instance_id"]: r for r in rows}))
     (tmp_path / "b.json").write_text(json.dumps(rows))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
     for name in ("a.json", "b.json", "c.parquet"):
         assert load_rows(tmp_path / name, report=lambda _: None) == [swe_bench.task_of(r, "") for r in rows]
 
