@@ -23,7 +23,7 @@ import glob
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,23 @@ def instrumented(script: str, control: bool = False) -> str:
     return "\n".join([*lines, 'exit "$CODEWORLD_EXIT"']) + "\n"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A verdict, and the log that the official rule read."""
+
+    verdict: Verdict
+    log: str
+    official: bool
+    """What the official rule says of the log: resolved."""
+
+
 def grade(task: Task, changes: Changes, backend: Backend) -> Verdict:
     """Judge an attempt at a task whose grader is "swe_bench". Raises `InfraError` when a sandbox failed."""
+    return evaluate(task, changes, backend).verdict
+
+
+def evaluate(task: Task, changes: Changes, backend: Backend) -> Evaluation:
+    """As `grade`, with the log."""
     script = task.blob(task.grader.script, "script").decode()
     gold = patches.sections(task.blob(task.grader.gold_patch, "gold_patch").decode()) if task.grader.gold_patch else []
     kept, dropped = kept_of(task, changes, {section.path for section in gold})
@@ -66,7 +81,7 @@ def grade(task: Task, changes: Changes, backend: Backend) -> Verdict:
     if outcome == "resolved":
         why = _forged(task, kept, script, report, backend)
         outcome = "invalid" if why else outcome
-    return Verdict(
+    verdict = Verdict(
         outcome=outcome,
         why=why,
         passed=report.passed,
@@ -74,6 +89,7 @@ def grade(task: Task, changes: Changes, backend: Backend) -> Verdict:
         dropped=tuple(dropped),
         similarity=1.0 if outcome == "resolved" else similarity(gold, before, kept),
     )
+    return Evaluation(verdict=verdict, log=result.text(), official=report.resolved)
 
 
 def kept_of(task: Task, changes: Changes, gold: set[str]) -> tuple[dict[str, FileChange], list[str]]:
@@ -151,7 +167,7 @@ def put(sandbox: Sandbox, kept: Mapping[str, FileChange]) -> None:
 def _forged(task: Task, kept: Mapping[str, FileChange], script: str, report: Report, backend: Backend) -> str:
     """Why an attempt that the official rule calls resolved is not believed; empty: it is."""
     status = report.status or {}
-    files = _test_files(task, backend)
+    files = test_files(task, backend)
     odd = [test for test in task.grader.fail_to_pass if status_of(test, status) == "XFAIL"]
     if odd and not any(b"xfail" in data.lower() or b"expectedfailure" in data.lower() for data in files.values()):
         return f"{odd[0]} is an expected failure, of which no test file speaks"
@@ -170,7 +186,7 @@ def _forged(task: Task, kept: Mapping[str, FileChange], script: str, report: Rep
     return ""
 
 
-def _test_files(task: Task, backend: Backend) -> Mapping[str, bytes]:
+def test_files(task: Task, backend: Backend) -> Mapping[str, bytes]:
     """The test files as the script has them when the tests start; found once for each task in a pristine sandbox."""
     if task.grader.hidden:
         return task.files(task.grader.hidden)

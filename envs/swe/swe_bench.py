@@ -233,11 +233,14 @@ def with_image(task: Task, base: str) -> Task:
 
 
 def evaluation(repo: str, test_patch: str, where: str) -> str:
-    """The evaluation script of a classic row: reset the test files, apply the test patch, run the tests, reset again."""
+    """The evaluation script of a classic row: reset the test files, apply the test patch, run the tests, reset again.
+
+    A test patch that holds no file of tests, but their data, runs all tests.
+    """
     sections = patches.sections(test_patch)
     files = [s.path for s in sections if s.new and not s.path.endswith(_NO_TESTS)]
-    if not files:
-        raise ValueError(f"{where}: its test_patch names no test file")
+    if not sections:
+        raise ValueError(f"{where}: its test_patch names no file")
     if repo == "django/django":
         files = [f.removesuffix(".py").removeprefix("tests/").replace("/", ".") for f in files]
     command = " ".join([REPOSITORIES[repo].command, *map(shlex.quote, files)])

@@ -177,7 +177,7 @@ def test_no_forgery_is_resolved(native, forgery):
 )
 def test_the_control_is_what_finds_these(native, forgery, monkeypatch):
     monkeypatch.setattr(log_grading, "control_files", lambda files, tests: {})
-    monkeypatch.setattr(log_grading, "_test_files", lambda task, backend: {"x": b"xfail"})
+    monkeypatch.setattr(log_grading, "test_files", lambda task, backend: {"x": b"xfail"})
     assert grade(task(), FORGERIES[forgery], native).outcome == "resolved"  # as SWE-bench's own rule has it
 
 
