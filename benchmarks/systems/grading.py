@@ -28,7 +28,7 @@ from envs.sandbox import BACKENDS, make_backend
 from envs.sandbox.base import Backend
 from envs.sandbox.helper import cache_dir
 from envs.swe.grading import grade
-from envs.swe.swe_bench import row_task
+from envs.swe.swe_bench import task_of
 from envs.swe.validate import gold_changes
 from envs.task import Task
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.backend:
         backend = make_backend(name)
         try:
-            rows += [*single(backend, row_task(toy), args.repeats, peer), *throughput(backend, row_task(toy))]
+            rows += [*single(backend, task_of(toy, "toy"), args.repeats, peer), *throughput(backend, task_of(toy, "toy"))]
         finally:
             backend.close()
     return {"rows": rows, "peer": PEER}

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import InfraError
+from envs.sandbox.archives import offer
 from envs.sandbox.base import Backend, FileChange, Limits
-from envs.sandbox.bases import offer
 from envs.sandbox.capture import Tree
 from envs.sandbox.imagestore import ImageStore
 from envs.swe import discovery, images, sources
@@ -29,7 +29,8 @@ from envs.swe.candidate import Candidate, Rejected, is_test
 from envs.swe.discovery import Discovery, Run
 from envs.swe.failures import failures
 from envs.swe.hiding import without_tests
-from envs.swe.images import TESTBED, Environment, Refused
+from envs.swe.images import Environment
+from envs.swe.install import TESTBED, Refused
 from envs.swe.ledger import Ledger
 from envs.swe.sentinels import base_id
 from envs.swe.statement import leaks, statement

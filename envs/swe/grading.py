@@ -14,6 +14,7 @@ sentinels from tests by reading their source or the caller's frame. Such an atte
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import random
 import re
@@ -172,6 +173,8 @@ def apply(sandbox: Sandbox, workdir: str, changes: Changes) -> None:
 def grade(task: Task, changes: Changes, backend: Backend, *, rng: random.Random | None = None) -> Verdict:
     """Judge an attempt in a fresh sandbox. Raises `InfraError` when the sandbox failed, never for what the attempt did;
     `ValueError` for a task whose test command is neither pytest's nor the tiny runner's."""
+    if task.grader.kind == "swe_bench":
+        return importlib.import_module("envs.swe.log_grading").grade(task, changes, backend)  # type: ignore[no-any-return]
     rng = rng or random.SystemRandom()
     grader = task.grader
     kept, dropped = filtered(task, changes)

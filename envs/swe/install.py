@@ -132,7 +132,35 @@ class Build:
             "plain": plain,
         }
 
-    def _editable(self, source: Source) -> None:
+    def pinned(self, tree: Tree, source: Source, needs: Sequence[str]) -> dict[str, Any]:
+        """Exactly `needs`, and the package, editable, with what it requires beside them; nothing is tried out.
+
+        A package whose own installation fails is put on the path instead. Returns a report as `install`.
+        """
+        self._give(["pip"])
+        self._do("python -m zipfile -e /tmp/wheels/pip-*.whl /tmp/pip", "build")
+        if needs:
+            self._give(needs)
+            self._pip(" ".join(map(shlex.quote, needs)), "install")
+        plain = not requirements.build_system(tree)
+        if not plain:
+            try:
+                self._editable(source, "")
+            except Refused as error:
+                self.dropped.append(f"{source.name}: {error}")
+                plain = True
+        if plain:
+            place = f"{TESTBED}/src" if any(path.startswith("src/") for path in tree) else TESTBED
+            self._do(f"echo {place} > {VENV}/lib/python{self.interpreter.version}/site-packages/testbed.pth", "install")
+        self._do(compile_command("purelib"), "install")
+        return {
+            "python": self.interpreter.version,
+            "packages": json.loads(self._do(f"python -c {shlex.quote(_PACKAGES)}", "install").text()),
+            "dropped": self.dropped,
+            "plain": plain,
+        }
+
+    def _editable(self, source: Source, options: str = "--no-deps ") -> None:
         version = source.version or "0.0.1"
         names = (
             "SETUPTOOLS_SCM_PRETEND_VERSION",
@@ -141,7 +169,7 @@ class Build:
             "POETRY_DYNAMIC_VERSIONING_BYPASS",
         )
         env = " ".join(f"{name}={shlex.quote(version)}" for name in names)
-        self._pip(f"--no-deps -e {TESTBED}", "install", env)
+        self._pip(f"{options}-e {TESTBED}", "install", env)
 
     def _requirements(self, required: Sequence[str], optional: Sequence[str]) -> None:
         """All together where that works; else what is required, and each of the others that can be had beside it."""

@@ -23,6 +23,7 @@ from envs.swe.cheats import cheats
 from envs.swe.discovery import run_suite
 from envs.swe.grading import Verdict, apply, filtered, grade
 from envs.swe.ledger import Ledger
+from envs.swe.patches import patch_changes
 from envs.task import Task, load_tasks, save_tasks
 
 Fault = Literal["", "gold", "flaky", "no-op", "alone", "cheat", "infra"]
@@ -54,7 +55,7 @@ class Finding:
         return not self.fault
 
 
-class _Unsound(Exception):
+class _Unsound(ValueError):
     def __init__(self, fault: Fault, why: str) -> None:
         super().__init__(why)
         self.fault: Fault = fault
@@ -78,15 +79,18 @@ def validate(task: Task, backend: Backend, *, k: int = 3) -> tuple[Task, Finding
 
 
 def gold_changes(task: Task, backend: Backend) -> Changes:
-    """A right solution as changes of the repository. Raises `ValueError` for a task that names none."""
+    """A right solution as changes of the repository. Raises `ValueError` for a task that names none, or one that does not
+    apply."""
     if task.grader.gold:
         files = task.files(task.grader.gold)
         return {path: FileChange(files.get(path)) for path in task.grader.gold}
     if task.grader.gold_patch:
-        from envs.swe.swe_bench import patch_changes
-
-        return patch_changes(task, task.blob(task.grader.gold_patch, "gold_patch"), backend)
-    raise ValueError(f"task {task.id}: no gold solution, so nothing can be proved; give gold or gold_patch")
+        patch = task.blob(task.grader.gold_patch, "gold_patch").decode("utf-8", "replace")
+        patched = patch_changes(task, patch, backend)
+        if patched.why:
+            raise _Unsound("gold", f"the gold solution: {patched.why}")
+        return patched.changes
+    raise _Unsound("gold", f"task {task.id} names no gold solution, so nothing can be proved; give gold or gold_patch")
 
 
 def _gold(task: Task, backend: Backend, k: int, quality: dict[str, Any]) -> Task:
