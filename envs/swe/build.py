@@ -39,7 +39,7 @@ from envs.task import Grader, Task, save_blobs, save_tasks, sha256, task_from_js
 
 LIMITS = Limits(memory_mb=1024, disk_mb=256, pids=128)
 """Of a task's sandbox."""
-SUITE_SECONDS = 6.0
+SUITE_SECONDS = 2.0
 """Wall clock of the tests of one grading: the files of those that notice the bug, and others as long as they fit."""
 MOST_FAILING = 20
 """Test functions that notice a bug; a candidate that more of them notice breaks the package as a whole."""
@@ -79,12 +79,19 @@ class Fate:
     why: str = ""
     seconds: float = 0.0
 
+    def to_json(self) -> dict[str, Any]:
+        """A row of the report."""
+        outcome = "task" if self.task else self.reason
+        found = {"id": self.task.id if self.task else self.candidate, "expected": "task", "outcome": outcome}
+        return found | {"met": self.task is not None, "why": self.why, "source": self.source, "seconds": self.seconds}
+
 
 @dataclass
 class Report:
     """What was built."""
 
     tasks: list[Task] = field(default_factory=list)
+    fates: list[Fate] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     """Reason → candidates."""
     sources: dict[str, str] = field(default_factory=dict)
@@ -116,6 +123,17 @@ def parse_plan(text: str) -> tuple[str, int]:
     return maker, int(count or 25)
 
 
+def parse_sources(text: str) -> list[str]:
+    """ "pypi:a,b,./c" → ["pypi:a", "pypi:b", "./c"]: a bare name after a package is a package."""
+    names: list[str] = []
+    for name in filter(None, text.split(",")):
+        bare = names and names[-1].startswith("pypi:") and not any(mark in name for mark in ":/.")
+        names.append(f"pypi:{name}" if bare else name)
+    if not names:
+        raise ValueError(f"--from {text!r}: names no source; e.g. pypi:humanize or a path")
+    return names
+
+
 def build(
     names: Sequence[str], plan: Plan, out: Path, backend: Backend, *, cache: Path, report: Callable[[str], None] = print
 ) -> Report:
@@ -134,6 +152,7 @@ def build(
             continue
         tasks = [fate.task for fate in fates if fate.task]
         done.tasks += tasks
+        done.fates += fates
         done.refused.update(fate.reason for fate in fates if fate.reason)
         done.sources[name] = f"{len(tasks)} tasks of {len(fates)} candidates"
         save_tasks(done.tasks, out)
@@ -186,11 +205,17 @@ class _Builder:
                 raise ValueError(
                     f"{repository.source.origin}: it has no history; use --tasks mutate:N, or a git repository"
                 )
-            return mine(path, n=self.plan.count * TRIES, issues=self.plan.issues)
+            left: list[Rejected] = []
+            for candidate in mine(path, n=self.plan.count * TRIES, issues=self.plan.issues, on_rejected=left.append):
+                yield from left
+                left.clear()
+                yield candidate
+            yield from left
+            return
         from envs.swe.mutate import mutations
 
         files = {path: entry.data for path, entry in repository.tree.items() if entry.link is None}
-        return mutations(files, self.plan.seed, self.plan.count * TRIES)
+        yield from mutations(files, self.plan.seed, self.plan.count * TRIES)
 
     def _fates(self, name: str, repository: _Repository) -> Iterator[Fate]:
         """In the candidates' order, a few tried at once."""

@@ -54,6 +54,14 @@ class Finding:
         """The task is sound."""
         return not self.fault
 
+    def to_json(self) -> dict[str, Any]:
+        """A row of the report."""
+        outcome = self.fault or "valid"
+        return {"id": self.id, "expected": "valid", "outcome": outcome, "met": self.ok, "why": self.why} | {
+            "quality": dict(self.quality),
+            "seconds": round(self.seconds, 2),
+        }
+
 
 class _Unsound(ValueError):
     def __init__(self, fault: Fault, why: str) -> None:
