@@ -20,7 +20,7 @@ import random
 import re
 import secrets
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from importlib import resources
@@ -96,6 +96,10 @@ class Verdict:
     put them into the task's `quality["untwinned"]`."""
     log: str = ""
     """What the test run printed, for people; never shown to the agent."""
+
+
+Grade = Callable[[Task, Changes, Backend], Verdict]
+"""How an attempt at a task is judged."""
 
 
 def keep(
