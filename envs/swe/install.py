@@ -21,7 +21,8 @@ from envs.swe import requirements
 from envs.swe.sources import Source
 from envs.swe.wheels import MISSING, Interpreter, Unavailable, WheelCache, check_requirement, name_of
 
-TESTBED, VENV = "/testbed", "/opt/venv"
+TESTBED, VENV, PIP = "/testbed", "/opt/venv", "/opt/pip"
+STDLIB, SITE = "s.get_path('stdlib')", "s.get_path('purelib')"
 SECONDS = 900.0
 """Wall clock of one step."""
 COLLECT_SECONDS = 180.0
@@ -29,10 +30,7 @@ COLLECT_SECONDS = 180.0
 ROUNDS = 12
 """How often an installation is tried again with what was missing."""
 _COLLECT_ROUNDS = 5
-_PIP = (
-    "PIP_NO_INDEX=1 PIP_FIND_LINKS=/tmp/wheels PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1"
-    " PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=/tmp/compiled"  # pip itself is compiled once
-)
+_PIP = "PIP_NO_INDEX=1 PIP_FIND_LINKS=/tmp/wheels PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1"
 
 
 class Refused(ValueError):
@@ -45,7 +43,7 @@ class Refused(ValueError):
 
 _METADATA = """
 import importlib.metadata, json, sys
-sys.path.insert(0, "/tmp/pip")
+sys.path.insert(0, "/opt/pip")
 from pip._vendor.packaging.requirements import InvalidRequirement, Requirement
 given = json.load(sys.stdin)
 normal = lambda name: name.lower().replace("_", "-").replace(".", "-")
@@ -102,10 +100,8 @@ class Build:
 
     def install(self, tree: Tree, source: Source, extras: Sequence[str]) -> dict[str, Any]:
         """The package, editable, what it and its tests need, and pytest; returns a report of plain values."""
-        self._give(["pip"])
         with contextlib.suppress(ValueError):  # what is missing is asked for one by one
             self._give(requirements.build_requirements(tree))
-        self._do("python -m zipfile -e /tmp/wheels/pip-*.whl /tmp/pip", "build")
         plain = not requirements.build_system(tree)
         if plain:
             place = f"{TESTBED}/src" if any(path.startswith("src/") for path in tree) else TESTBED
@@ -203,24 +199,21 @@ class Build:
             return False
 
     def _compile(self) -> None:
-        self._do(compile_command("purelib"), "install")
+        self._do(compile_command(SITE), "install")
 
     def _collected(self, tree: Tree) -> bool:
-        """Modules, plugins and fixtures that a dry run of the tests misses are tried by the names of their packages; returns
-        whether one could be had."""
+        """Try what a dry run of the tests misses, modules, plugins and fixtures, by the names of their packages; returns
+        whether anything could be had."""
         own = {part.removesuffix(".py") for path in tree for part in path.split("/")}
-        tried: set[str] = set()
-        found = False
+        found, tried = False, set[str]()
         for _ in range(_COLLECT_ROUNDS):
-            result = self.box.run(
-                f"cd {TESTBED}; python -m pytest -q --setup-plan -p no:cacheprovider", timeout=COLLECT_SECONDS
-            )
+            command = f"cd {TESTBED}; python -m pytest -q --setup-plan -p no:cacheprovider"
+            result = self.box.run(command, timeout=COLLECT_SECONDS)
             names = {_PACKAGES_OF.get(name, name) for name in missing_modules(result.text()) if name not in own}
             had = [self._try(name) for name in sorted(names - tried)]
-            tried |= names
             if not any(had):
                 break
-            found = True
+            found, tried = True, tried | names
         return found
 
     def _copies(self, tree: Tree) -> list[str]:
@@ -234,7 +227,7 @@ class Build:
         """`pip install` inside; files that it misses are fetched, and it is tried again."""
         asked: set[str] = set()
         for _ in range(ROUNDS):
-            command = f"cd /tmp && env {_PIP} {env} python /tmp/pip/pip install --quiet --no-compile {args}"
+            command = f"cd /tmp && env {_PIP} {env} python {PIP}/pip install --quiet --no-compile {args}"
             result = self.box.run(command, timeout=SECONDS)
             if result.ok:
                 return
@@ -327,10 +320,11 @@ def modules(tree: Tree) -> list[str]:
 
 
 def compile_command(place: str) -> str:
-    """A command that compiles Python's files so that their contents, not their times, say whether they are current."""
+    """A command that compiles Python's files below `place` (an expression, in which `s` is `sysconfig`) so that their
+    contents, not their times, say whether they are current."""
     mode = "compileall.py_compile.PycInvalidationMode.CHECKED_HASH"
-    code = f"import compileall, sysconfig as s; compileall.compile_dir(s.get_path({place!r}), quiet=2, invalidation_mode={mode})"
-    return f"{VENV}/bin/python -c {shlex.quote(code)}"
+    code = f"import compileall, sysconfig as s; compileall.compile_dir({place}, quiet=2, invalidation_mode={mode})"
+    return f"python -c {shlex.quote(code)}"
 
 
 def last_words(result: Result) -> str:

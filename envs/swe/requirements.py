@@ -112,7 +112,9 @@ def pyproject(tree: Tree) -> dict[str, Any]:
 def build_requirements(tree: Tree) -> list[str]:
     """What building the package will surely ask for, as far as it is said without markers. The installer knows the rest."""
     table = _dict(pyproject(tree).get("build-system"))
-    found = _strings(table.get("requires")) or ["setuptools", "wheel"]
+    found = (
+        _strings(table["requires"]) if "requires" in table else ["setuptools", "wheel"] if build_system(tree) else []
+    )
     if any(name_of(requirement) == "hatchling" for requirement in found):
         found.append("editables")  # asked for by its hook for editable installations
     return [requirement for requirement in found if ";" not in requirement]
