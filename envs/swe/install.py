@@ -104,8 +104,7 @@ class Build:
             self._give(requirements.build_requirements(tree))
         plain = not requirements.build_system(tree)
         if plain:
-            place = f"{TESTBED}/src" if any(path.startswith("src/") for path in tree) else TESTBED
-            self._do(f"echo {place} > {VENV}/lib/python{self.interpreter.version}/site-packages/testbed.pth", "install")
+            self._on_path(tree)
         else:
             self._editable(source)
         asked = {"requirements": requirements.test_requirements(tree), "extras": list(extras)}
@@ -121,34 +120,35 @@ class Build:
             self._editable(source)
         if copies := self._copies(tree):
             raise Refused("audit", f"{len(copies)} copies of its modules lie in the environment, first {copies[0]}")
-        return {
-            "python": self.interpreter.version,
-            "packages": json.loads(self._do(f"python -c {shlex.quote(_PACKAGES)}", "install").text()),
-            "dropped": self.dropped,
-            "plain": plain,
-        }
+        return self._report(plain)
 
     def pinned(self, tree: Tree, source: Source, needs: Sequence[str]) -> dict[str, Any]:
         """Exactly `needs`, and the package, editable, with what it requires beside them; nothing is tried out.
 
         A package whose own installation fails is put on the path instead. Returns a report as `install`.
         """
-        self._give(["pip"])
-        self._do("python -m zipfile -e /tmp/wheels/pip-*.whl /tmp/pip", "build")
         if needs:
             self._give(needs)
             self._pip(" ".join(map(shlex.quote, needs)), "install")
         plain = not requirements.build_system(tree)
         if not plain:
+            with contextlib.suppress(ValueError):  # what is missing is asked for one by one
+                self._give(requirements.build_requirements(tree))
             try:
                 self._editable(source, "")
             except Refused as error:
                 self.dropped.append(f"{source.name}: {error}")
                 plain = True
         if plain:
-            place = f"{TESTBED}/src" if any(path.startswith("src/") for path in tree) else TESTBED
-            self._do(f"echo {place} > {VENV}/lib/python{self.interpreter.version}/site-packages/testbed.pth", "install")
-        self._do(compile_command("purelib"), "install")
+            self._on_path(tree)
+        self._compile()
+        return self._report(plain)
+
+    def _on_path(self, tree: Tree) -> None:
+        place = f"{TESTBED}/src" if any(path.startswith("src/") for path in tree) else TESTBED
+        self._do(f"echo {place} > {VENV}/lib/python{self.interpreter.version}/site-packages/testbed.pth", "install")
+
+    def _report(self, plain: bool) -> dict[str, Any]:
         return {
             "python": self.interpreter.version,
             "packages": json.loads(self._do(f"python -c {shlex.quote(_PACKAGES)}", "install").text()),
