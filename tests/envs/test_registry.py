@@ -31,7 +31,7 @@ from envs.sandbox.native import NativeBackend
 from tests.envs.images import system, tar
 
 COMMAND = shutil.which("docker-registry")
-pytestmark = pytest.mark.skipif(not COMMAND, reason="no docker-registry on PATH; apt-get install docker-registry")
+pytestmark = pytest.mark.registry
 
 LAYERS = [
     tar(system()),
@@ -289,7 +289,7 @@ def test_a_token_is_fetched_where_one_is_asked_for(front: Front, tmp_path: Path)
                 valid.clear()
             else:
                 return False
-        scope = 'realm="http://%s/token",service="here",scope="repository:team/one:pull"' % front.host
+        scope = f'realm="http://{front.host}/token",service="here",scope="repository:team/one:pull"'
         return to.answer(401, WWW_Authenticate=f"Bearer {scope}")
 
     front.fault = fault
