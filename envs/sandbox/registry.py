@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from envs.errors import InfraError, Unsupported
+from envs.sandbox.bases import is_archive
 from envs.sandbox.helper import cache_dir
 
 CONNECT = 10.0
@@ -84,6 +85,12 @@ class Registry:
         self._small: set[str] = set()
         self._manifests: set[str] = set()
         self._sizes: dict[str, int] = {}
+
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.close()
 
     def open(self, name: str) -> IO[bytes]:
         """The blob, whole and checked; raises `KeyError` for a name that no registry has."""
@@ -290,7 +297,7 @@ class _Patience:
 
 def _seconds(retry_after: str) -> float:
     """What a Retry-After header says: seconds, or a date."""
-    with contextlib.suppress(ValueError, TypeError):
+    if re.fullmatch(r"\d{1,9}", retry_after):
         return float(retry_after)
     with contextlib.suppress(ValueError, TypeError):
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
@@ -315,7 +322,7 @@ def provide(client: Any, name: str) -> None:
     import docker
 
     found = _REFERENCE.fullmatch(name)
-    if not found:
+    if not found or is_archive(name):
         return
     with contextlib.suppress(docker.errors.ImageNotFound):
         client.images.get(name)
