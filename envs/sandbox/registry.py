@@ -71,9 +71,7 @@ class Registry:
             raise Unsupported(f"{what}: not a registry's image; write HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]")
         self._host, self._name, tag, self._digest = found.groups()
         self._tag, self._what = tag or "latest", what
-        host = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}.get(
-            self._host, self._host
-        )
+        host = "registry-1.docker.io" if self._host in ("docker.io", "index.docker.io") else self._host
         if host != self._host and "/" not in self._name:
             self._name = f"library/{self._name}"
         local = re.fullmatch(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", host) is not None
@@ -102,7 +100,7 @@ class Registry:
         if digest in self._manifests:
             return io.BytesIO(self._manifest(digest))
         if digest in self._small:
-            return io.BytesIO(self._kept(digest, lambda: self._blob(digest).read()))
+            return io.BytesIO(self._kept(digest, lambda: self._blob(digest).read(_JSON_MAX)))
         return self._blob(digest)
 
     def _manifest(self, digest: str | None) -> bytes:
