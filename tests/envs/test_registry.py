@@ -407,7 +407,7 @@ def test_a_registry_that_is_not_there(front: Front, monkeypatch: pytest.MonkeyPa
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(registry, "PATIENCE", 600.0)
         monkeypatch.setattr(registry, "CONTACT", 1.0)
-        refused(InfraError, f"{'x' * 70}.example/team/one", "no answer")
+        refused(Unsupported, f"{'x' * 70}.example/team/one", "too long")
         refused(InfraError, f"127.0.0.1:{free.getsockname()[1]}/team/one", "no answer")
     refused(InfraError, "no-such-host.invalid/team/one", "no answer")
     refused(Unsupported, f"{front.host}/team/none", "no such image")
