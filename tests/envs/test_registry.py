@@ -32,7 +32,7 @@ from envs.sandbox.native import NativeBackend
 from tests.envs.images import system, tar
 
 COMMAND = shutil.which("docker-registry")
-pytestmark = pytest.mark.skipif(not COMMAND, reason="no docker-registry on PATH; apt-get install docker-registry")
+pytestmark = pytest.mark.registry
 
 LAYERS = [
     tar(system()),
@@ -408,6 +408,7 @@ def test_a_registry_that_is_not_there(front: Front, monkeypatch: pytest.MonkeyPa
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(registry, "PATIENCE", 600.0)
         monkeypatch.setattr(registry, "CONTACT", 1.0)
+        refused(Unsupported, f"{'x' * 70}.example/team/one", "too long")
         refused(InfraError, f"127.0.0.1:{free.getsockname()[1]}/team/one", "no answer")
     refused(InfraError, "no-such-host.invalid/team/one", "no answer")
     refused(Unsupported, f"{front.host}/team/none", "no such image")
