@@ -61,6 +61,11 @@ def base_id(test: str) -> str:
     return test.partition("[")[0]
 
 
+def parameters(test: str) -> str:
+    """What `base_id` leaves out: "[…]", or "" for a test without."""
+    return test[len(base_id(test)) :]
+
+
 def twins(
     sources: Mapping[str, bytes],
     tests: Iterable[str],
