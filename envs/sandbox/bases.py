@@ -59,12 +59,33 @@ def layers_dir() -> Path:
 def find_base(name: str) -> Base:
     """The base called `name`, unpacked where it was not yet.
 
-    name: "host"; the path of an archive (a root file system as tar, `docker save`, an OCI layout as directory or tar); or
-    the name of a local Docker image. Raises `Unsupported`, one line, leaving nothing behind.
+    name: "host"; the path of an archive (a root file system as tar, `docker save`, an OCI layout as directory or tar); the
+    digest of an image's configuration (`sha256:…`) in a layout that was offered; or the name, or that digest, of a local
+    Docker image. Raises `Unsupported`, one line, leaving nothing behind.
     """
     if name == "host":
         return _host()
+    if layout := offered(name):
+        return _offered(layout, name)
     return _archive(Path(name)) if is_archive(name) else _docker_image(name)
+
+
+_layouts: dict[Path, None] = {}
+
+
+def offer(directory: str | Path) -> None:
+    """From now on, find images by digest in the OCI layout `directory`, too, the latest offered first. Threads may."""
+    path = Path(directory).absolute()
+    _layouts.pop(path, None)
+    _layouts[path] = None
+
+
+def offered(name: str) -> Path | None:
+    """The offered layout that has the image `sha256:…`."""
+    kind, _, digest = name.partition(":")
+    if kind != "sha256" or not _DIGEST.match(digest):
+        return None
+    return next((path for path in reversed(list(_layouts)) if (path / "blobs/sha256" / digest).is_file()), None)
 
 
 def is_archive(name: str) -> bool:
@@ -155,6 +176,24 @@ def _archive_at(path: Path, size: int, mtime_ns: int) -> Base:
             return _checked((_unpack(lambda: path.open("rb"), what, digest, made, image=False),), {}, what)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise Unsupported(f"{what}: not a readable archive ({error}); make it again, e.g. with `docker save`") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _offered(layout: Path, name: str) -> Base:
+    """An image of a layout whose layers are uncompressed, so that their digests name their blobs."""
+    with _Directory(layout).open(_blob({"digest": name})) as file:
+        data = file.read(_JSON_MAX)
+    if f"sha256:{hashlib.sha256(data).hexdigest()}" != name:
+        raise Unsupported(f"base={name!r}: its blob in {layout} has other content than its digest says; copy it again")
+    try:
+        config = json.loads(data)
+        blobs = [_blob({"digest": digest}) for digest in config["rootfs"]["diff_ids"]]
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise Unsupported(f"base={name!r}: its blob in {layout} is no image's configuration ({error!r})") from None
+    _check_architecture(config.get("architecture"), f"base={name!r}")
+    digests = [blob.rpartition("/")[2] for blob in blobs]
+    with _undone() as made:
+        return _unpack_image(_Directory(layout), digests, blobs, _env(config.get("config")), f"base={name!r}", made)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -253,19 +292,25 @@ class _Archive:
 
 def _image(store: _Store, what: str) -> Base:
     """Unpack the image in an archive's manifest."""
+    config, digests, blobs = _manifest(store, what)
+    with _undone() as made:
+        return _unpack_image(store, digests, blobs, _env(config.get("config")), what, made)
+
+
+def _manifest(store: _Store, what: str) -> tuple[Any, list[str], list[str]]:
+    """An image's configuration, its layers' digests and the names of their blobs, the lowest first."""
     try:
         config, blobs = _docker_manifest(store) if _has(store, "manifest.json") else _oci_manifest(store)
         digests = [str(item).partition(":")[2] for item in config["rootfs"]["diff_ids"]]
         if len(digests) != len(blobs) or not all(map(_DIGEST.match, digests)):
             raise ValueError(f"{len(blobs)} layers but {len(digests)} digests")
-        env = _env(config.get("config"))
+        _env(config.get("config"))
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise Unsupported(
             f"{what}: an image archive without a readable manifest ({error!r}); make it again with `docker save`"
         ) from None
     _check_architecture(config.get("architecture"), what)
-    with _undone() as made:
-        return _unpack_image(store, digests, blobs, env, what, made)
+    return config, digests, blobs
 
 
 def _unpack_image(
@@ -327,6 +372,30 @@ def _blob(descriptor: Any) -> str:
     if kind != "sha256" or not _DIGEST.match(digest):
         raise ValueError(f"digest {descriptor['digest']!r}")
     return f"blobs/sha256/{digest}"
+
+
+@contextlib.contextmanager
+def image_file(path: Path) -> Iterator[tuple[dict[str, Any] | None, list[Callable[[], IO[bytes]]]]]:
+    """What an archive at `path` holds: an image's configuration and what opens its layers, the lowest first, whose
+    archives may be compressed and whose digests nobody has checked; or None, and the archive itself, a root file system.
+
+    Raises `Unsupported` for what is neither.
+    """
+    what = f"base={str(path)!r}"
+    if path.is_dir():
+        config, _, blobs = _manifest(directory := _Directory(path), what)
+        yield config, [functools.partial(directory.open, blob) for blob in blobs]
+        return
+    try:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:*") as tar:
+            store = _Archive(tar)
+            if {"manifest.json", "oci-layout"} & store.members.keys():
+                config, _, blobs = _manifest(store, what)
+                yield config, [functools.partial(store.open, blob) for blob in blobs]
+                return
+    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
+        raise Unsupported(f"{what}: not a readable archive ({error}); make it again, e.g. with `docker save`") from None
+    yield None, [functools.partial(path.open, "rb")]
 
 
 # ---- the cache ----

@@ -14,6 +14,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import IO
 
 from envs.errors import Unsupported
 from envs.sandbox import cgroups
@@ -21,6 +22,7 @@ from envs.sandbox.base import Changes, Limits, Snapshot
 from envs.sandbox.bases import Base
 from envs.sandbox.brokered import BrokeredSandbox, Start
 from envs.sandbox.channel import Channel
+from envs.sandbox.layers import capture
 from envs.sandbox.walk import overlay_changes
 
 FIRST_UID = 1_500_000_000
@@ -127,6 +129,18 @@ class StackedSandbox(BrokeredSandbox):
         uppers = [store.upper for store in (live.store, *live.world.frozen)]
         budget = (self.limits.disk_mb << 20) * len(uppers)  # each store may be full
         return overlay_changes(live.root, uppers, live.origin, live.workdir, origin, budget)
+
+    def layer(self, out: IO[bytes], keep: Callable[[str], bool]) -> None:
+        """Write what this sandbox wrote, whatever directory it is in, to `out` as a layer of an image.
+
+        Every process but the broker ends for it. keep: see `layers.capture`; paths begin at the sandbox's root, or, where
+        the backend caps only some directories (docker), at their numbers. Raises `Unsupported` for a sandbox that started
+        from a snapshot, whose files lie in several stores.
+        """
+        self.kill_all()
+        if self._live.world.frozen:
+            raise Unsupported("layer: this sandbox goes on from a snapshot; take the layer of one that doesn't")
+        capture(self._live.store.upper, out, keep, self.limits.disk_mb << 20)
 
     def snapshot(self) -> Snapshot:
         """The file system and the shell's state. Every process of this sandbox ends for it."""
