@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from envs.fields import build
+from envs.sandbox.archives import offer
 from envs.sandbox.base import Limits
 
 
@@ -170,7 +171,8 @@ class BlobStore(Mapping[str, bytes]):
 
 
 def load_tasks(directory: str | Path) -> list[Task]:
-    """Read a task set. A broken row is a `ValueError` with its number; nothing is executed."""
+    """Read a task set, and offer its images to the sandboxes. A broken row is a `ValueError` with its number; nothing is
+    executed."""
     directory = Path(directory)
     path = directory / "tasks.jsonl"
     if not path.is_file():
@@ -189,6 +191,8 @@ def load_tasks(directory: str | Path) -> list[Task]:
             raise ValueError(f"{where}: task id {task.id!r} occurs twice; ids are unique in a set")
         seen.add(task.id)
         tasks.append(task)
+    if (directory / "images" / "oci-layout").is_file():
+        offer(directory / "images")
     return tasks
 
 

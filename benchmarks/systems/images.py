@@ -30,9 +30,9 @@ from benchmarks.systems.base import row
 from benchmarks.systems.node import kept
 from envs.errors import CodeworldError
 from envs.sandbox import Sandbox
-from envs.sandbox.bases import Base, find_base, layers_dir
+from envs.sandbox.bases import Base, find_base
+from envs.sandbox.layers import discard, layers_dir
 from envs.sandbox.native import NativeBackend
-from envs.sandbox.unpack import remove_tree
 
 PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 TOOLS = ("bash", "env", "cat", "ls", "rm", "mkdir", "sed", "grep")
@@ -81,8 +81,7 @@ def measure(rounds: int, work: int, idle: int) -> Iterator[list[dict[str, Any]]]
         except (CodeworldError, PackageNotFoundError, RuntimeError, OSError) as error:
             yield [row(OVERHEAD, None, unit="%", goal="<=5", backend=LANE, why=" ".join(f"{error}".split())[:300])]
         finally:
-            for name in layers:
-                remove_tree(layers_dir() / name)
+            discard(layers)
 
 
 def overhead(image: str, base: Base, rounds: int) -> list[dict[str, Any]]:

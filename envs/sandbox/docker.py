@@ -31,13 +31,16 @@ from typing import Any, NamedTuple
 from envs.errors import InfraError, Unsupported
 from envs.sandbox import cgroups, reaper
 from envs.sandbox.base import Changes, Limits, Sandbox, Snapshot
-from envs.sandbox.bases import Base, find_base, is_archive, layer_names, layers_at, layers_dir
+from envs.sandbox.bases import Base, layers_at, standing_on
 from envs.sandbox.brokered import Files, Start, start_from
 from envs.sandbox.channel import Channel, SetupError
+from envs.sandbox.engine import engine_image, host_image
 from envs.sandbox.helper import helper_path, unprivileged
-from envs.sandbox.hostbase import bind_paths, check_workdir, environment, etc_files, skeleton, skeleton_name
+from envs.sandbox.hostbase import bind_paths, check_workdir, environment, etc_files
 from envs.sandbox.hoststore import mount_store
+from envs.sandbox.layers import layers_dir
 from envs.sandbox.owner import current
+from envs.sandbox.registry import provide
 from envs.sandbox.stacked import NUMBERS, Live, StackedBackend, StackedSandbox, Store, World, host_uid
 from envs.sandbox.walk import diff, read_tree
 
@@ -110,16 +113,22 @@ class DockerBackend(StackedBackend):
         self.kind = CopiedSandbox if unprivileged() else DockerSandbox
         self._lock = threading.Lock()
         self._client: Any = None
-        self._images: dict[str, _Image] = {}
+        self._images: dict[tuple[str, tuple[str, ...]], _Image] = {}
 
     def create(
         self, *, base: str = "host", workdir: str = "/repo", files: Files | None = None, limits: Limits | None = None
     ) -> StackedSandbox:
-        """Start a container. An image must be in the engine, whatever names it."""
+        """Start a container. An image must be in the engine, whatever names it, or in a registry that the name says."""
         limits = limits or Limits()
         start = start_from(base, workdir, files, limits)
         check_workdir(workdir, image=base != "host", reserved=_RESERVED)
-        found = self._image(base)
+        provide(self._connected(), base)
+        with standing_on(base) as stood:
+            found = self._image(base, stood)
+            self._check(found, base, workdir)
+            return self.first(start, limits, World(found.base, next(NUMBERS)))
+
+    def _check(self, found: _Image, base: str, workdir: str) -> None:
         if self.kind is CopiedSandbox and found.base.image and (layers_at(found.base, workdir) or found.volumes):
             raise Unsupported(
                 f"workdir={workdir!r}: base={base!r} has files there, or volumes, which only root can mount as a sandbox"
@@ -130,7 +139,6 @@ class DockerBackend(StackedBackend):
                 f"base={base!r}: it declares a volume inside the work directory, {inner[0]}, which hides it from changes();"
                 " make an image without, or use the native backend"
             )
-        return self.first(start, limits, World(found.base, next(NUMBERS)))
 
     def close(self) -> None:
         """Close every sandbox and the connection to the engine."""
@@ -144,10 +152,11 @@ class DockerBackend(StackedBackend):
         """Start a container and the broker in it."""
         number, copied = next(NUMBERS), self.kind is CopiedSandbox
         uid = UID if copied else host_uid(world.owner)
-        options = self._options(start, limits, uid)
+        image = self._image(start.base, world.base)
+        options = self._options(start, limits, uid, image.id)
         if copied:
             return self._start_copied(number, start, limits, world, options)
-        places = dict.fromkeys((start.workdir, "/tmp", "/dev/shm", *self._image(start.base).volumes))
+        places = dict.fromkeys((start.workdir, "/tmp", "/dev/shm", *image.volumes))
         under = mount_store(number, tuple(places), limits, world, uid)
         try:
             options["mounts"] = [_bind(str(path), place) for path, place in under.binds.items()]
@@ -194,17 +203,16 @@ class DockerBackend(StackedBackend):
             _discard(container)
             raise _explain(error) from error
 
-    def _image(self, name: str) -> _Image:
-        """The engine's image for a base, as it was when it was first asked for."""
-        client = self._connected()
+    def _image(self, name: str, base: Base) -> _Image:
+        """The engine's image of a base."""
+        client, key = self._connected(), (name, base.layers)
         with self._lock:
-            if name not in self._images:
-                base = find_base(name)
-                image = _engine_image(client, name, base) if base.image else _host_image(client)
+            if key not in self._images:
+                image = engine_image(client, name, base) if base.image else host_image(client, UID)
                 base = replace(base, env={**base.env, **environment(), "PATH": base.env["PATH"]})
                 volumes = tuple(map(os.path.normpath, (image.attrs["Config"] or {}).get("Volumes") or ()))
-                self._images[name] = _Image(image.id, base, volumes)
-            return self._images[name]
+                self._images[key] = _Image(image.id, base, volumes)
+            return self._images[key]
 
     def _connected(self) -> Any:
         with self._lock:
@@ -231,7 +239,7 @@ class DockerBackend(StackedBackend):
                 self._client = client
             return self._client
 
-    def _options(self, start: Start, limits: Limits, uid: int) -> dict[str, Any]:
+    def _options(self, start: Start, limits: Limits, uid: int, image: str) -> dict[str, Any]:
         import docker
 
         binds = [f"{helper_path()}:{_INSIDE}/helper:ro"]
@@ -240,7 +248,7 @@ class DockerBackend(StackedBackend):
         disk, memory = limits.disk_mb << 20, limits.memory_mb << 20
         limit = docker.types.Ulimit
         return {
-            "image": self._image(start.base).id,
+            "image": image,
             "entrypoint": [f"{_INSIDE}/helper"],
             "command": ["broker", f"{_INSIDE}/socket/control", start.workdir],
             "user": f"{uid}:{uid}",
@@ -304,35 +312,6 @@ def _end(stream: socket.socket, container: Any) -> None:
         stream.shutdown(socket.SHUT_RDWR)
     _discard(container)
     stream.close()  # last: a thread that waits for a command's end would go on to wait on whoever got the number next
-
-
-def _engine_image(client: Any, name: str, base: Base) -> Any:
-    """The engine's image that has the layers of `base`."""
-    import docker
-
-    for known in [entry["Id"] for entry in client.api.images()] if is_archive(name) else [name]:
-        with contextlib.suppress(docker.errors.ImageNotFound):  # removed meanwhile
-            image = client.images.get(known)
-            if layer_names(image) == base.layers[1:]:
-                return image
-    if not is_archive(name):
-        raise Unsupported(f"base={name!r}: the name has been given to another image meanwhile; start again")
-    raise Unsupported(
-        f"base={name!r}: the engine has no image of these layers; docker load -i {name} (a plain root file system: docker"
-        f" import {name} NAME, and base='NAME'), or use the native backend"
-    )
-
-
-def _host_image(client: Any) -> Any:
-    """The skeleton that the host's own files are mounted over; imported at first use, a few kilobytes."""
-    import docker
-
-    try:
-        return client.images.get(skeleton_name())
-    except docker.errors.ImageNotFound:
-        name, _, tag = skeleton_name().partition(":")
-        client.api.import_image_from_data(skeleton(UID), repository=name, tag=tag)
-        return client.images.get(skeleton_name())
 
 
 def _run(client: Any, options: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ def probe() -> list[Row]:
     """The sandbox rows of the doctor's table; each backend is tried with one trivial sandbox."""
     from envs.sandbox import BACKENDS, cgroups, make_backend
 
-    rows: list[Row] = []
+    rows = [_cache()]
     for name in BACKENDS:
         try:
             make_backend(name).close()
@@ -23,6 +23,19 @@ def probe() -> list[Row]:
             cause, _, remedy = " ".join(str(error).split()).partition("; ")
             rows.append((f"sandbox {name}", cause, remedy))
     return rows + _limits(cgroups.hierarchy())
+
+
+def _cache() -> Row:
+    from envs.sandbox import layers
+
+    try:
+        most = layers.cap() / 1e9
+        count, size = layers.usage()
+    except (CodeworldError, OSError) as error:
+        cause, _, remedy = " ".join(str(error).split()).partition("; ")
+        return ("image layers", cause, remedy)
+    over = f"in use, or evicted with the next new layer; raise {layers.CAP} if that is often"
+    return ("image layers", f"{count}, {size / 1e9:.2f} of {most:g} GB", over if size > most * 1e9 else "")
 
 
 def _limits(found: object) -> list[Row]:

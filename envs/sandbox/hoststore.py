@@ -19,9 +19,10 @@ from pathlib import Path
 from envs.errors import InfraError, Unsupported
 from envs.sandbox import cgroups
 from envs.sandbox.base import Limits
-from envs.sandbox.bases import layers_at, layers_dir
+from envs.sandbox.bases import layers_at
 from envs.sandbox.channel import Channel, SetupError
 from envs.sandbox.helper import helper_path
+from envs.sandbox.layers import layers_dir
 from envs.sandbox.stacked import Store, World, store_options
 
 ROOT = Path("/run/codeworld")

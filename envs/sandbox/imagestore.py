@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from envs.errors import Unsupported
-from envs.sandbox.bases import OURS, image_file, is_archive
-from envs.sandbox.layers import TIME
+from envs.sandbox.archives import OURS, image_file
+from envs.sandbox.bases import is_archive
+from envs.sandbox.capture import TIME
 
 _CREATED = "2020-01-01T00:00:00Z"
 _TYPE = "application/vnd.oci.image"
@@ -38,7 +39,9 @@ class ImageStore:
         try:
             self._blobs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"images {self.directory}: {error.strerror}; name a directory that can be written") from None
+            raise ValueError(
+                f"images {self.directory}: {error.strerror}; name a directory that can be written"
+            ) from None
         with self._locked():
             if not (self.directory / "index.json").exists():
                 self._replace("index.json", {"schemaVersion": 2, "manifests": []})
@@ -68,7 +71,7 @@ class ImageStore:
 
     def layers(self, digest: str) -> list[str]:
         """The digests of an image's layers, the lowest first; each names its blob, an uncompressed tar archive."""
-        return self.config(digest)["rootfs"]["diff_ids"]
+        return image_layers(self.directory, digest)
 
     def blob(self, digest: str) -> Path:
         """Where the blob with this digest lies, or would."""
@@ -211,20 +214,26 @@ class ImageStore:
             yield
 
 
-def docker_archive(layout: Path, digest: str) -> Iterator[bytes]:
-    """The image `digest` of a layout as `docker save` would write it, in pieces."""
+def image_layers(layout: Path, digest: str) -> list[str]:
+    """The digests of the layers of a layout's image, the lowest first."""
+    return json.loads((layout / "blobs" / "sha256" / digest.removeprefix("sha256:")).read_bytes())["rootfs"]["diff_ids"]
+
+
+def docker_archive(layout: Path, digest: str, skip: int = 0) -> Iterator[bytes]:
+    """The image `digest` of a layout as `docker save` would write it, in pieces; the lowest `skip` layers only named, for an
+    engine that has them."""
     blobs = layout / "blobs" / "sha256"
     data = (blobs / digest.removeprefix("sha256:")).read_bytes()
-    layers = [name.removeprefix("sha256:") for name in json.loads(data)["rootfs"]["diff_ids"]]
+    layers = [name.removeprefix("sha256:") for name in image_layers(layout, digest)]
     config = f"{digest.removeprefix('sha256:')}.json"
     manifest = [{"Config": config, "RepoTags": None, "Layers": [f"{layer}/layer.tar" for layer in layers]}]
     for name, content in (("manifest.json", _dump(manifest)), (config, data)):
         yield from (_header(name, len(content)), content, _padding(len(content)))
-    for layer in dict.fromkeys(layers):
+    for layer in dict.fromkeys(layers[skip:]):
         size = (blobs / layer).stat().st_size
         yield _header(f"{layer}/layer.tar", size)
         with (blobs / layer).open("rb") as file:
-            yield from iter(lambda: file.read(_CHUNK), b"")  # noqa: B023  # read before the next layer
+            yield from iter(lambda: file.read(_CHUNK), b"")
         yield _padding(size)
     yield bytes(2 * tarfile.BLOCKSIZE)
 
@@ -281,4 +290,4 @@ def _save(name: str, to: Path) -> None:
         raise Unsupported(f"base={name!r}: no such file, and no such local Docker image ({cause})") from None
 
 
-__all__ = ["ImageStore", "docker_archive"]
+__all__ = ["ImageStore", "docker_archive", "image_layers"]

@@ -23,11 +23,12 @@ from enum import StrEnum
 from envs.errors import InfraError, Unsupported
 from envs.sandbox import cgroups, reaper
 from envs.sandbox.base import Limits
-from envs.sandbox.bases import find_base, layers_dir
+from envs.sandbox.bases import standing_on
 from envs.sandbox.brokered import Files, Start, start_from
 from envs.sandbox.channel import Channel, SetupError
 from envs.sandbox.helper import cache_dir, helper_path, unprivileged
 from envs.sandbox.hostbase import DEVICES, bind_paths, check_workdir, etc_files
+from envs.sandbox.layers import layers_dir
 from envs.sandbox.stacked import NUMBERS, Live, StackedBackend, StackedSandbox, Store, World, host_uid, store_options
 
 AGENT_ID, ROOT_ID = 1000, 0
@@ -56,11 +57,12 @@ class NativeBackend(StackedBackend):
     def create(
         self, *, base: str = "host", workdir: str = "/repo", files: Files | None = None, limits: Limits | None = None
     ) -> StackedSandbox:
-        """Start a sandbox on "host", an image archive or a local Docker image (see `bases.find_base`)."""
+        """Start a sandbox on "host", an image archive, a local Docker image or one of a registry (see `bases.find_base`)."""
         limits = limits or Limits()
         start = start_from(base, workdir, files, limits)
         check_workdir(workdir, image=base != "host")
-        return self.first(start, limits, World(find_base(base), next(NUMBERS)))
+        with standing_on(base) as found:
+            return self.first(start, limits, World(found, next(NUMBERS)))
 
     def close(self) -> None:
         """Close every sandbox and the helper."""

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import IO
 
-from envs.errors import Unsupported
-from envs.sandbox import cgroups
+from envs.errors import InfraError, Unsupported
+from envs.sandbox import cgroups, layers
 from envs.sandbox.base import Changes, Limits, Snapshot
 from envs.sandbox.bases import Base
 from envs.sandbox.brokered import BrokeredSandbox, Start
+from envs.sandbox.capture import capture
 from envs.sandbox.channel import Channel
-from envs.sandbox.layers import capture
 from envs.sandbox.walk import overlay_changes
 
 FIRST_UID = 1_500_000_000
@@ -75,14 +75,17 @@ class World:
     """Stores of those it started from, the newest first."""
 
     def hold(self) -> None:
-        """Count one more user of each store."""
+        """Count one more user of each store and of the base's layers, which somebody holds already."""
+        if not layers.hold(self.base.layers):
+            raise InfraError("sandbox start: a layer has left the cache; was it removed by hand, or the cache moved?")
         for store in self.frozen:
             store.hold()
 
     def drop(self) -> None:
-        """Count one user less of each store."""
+        """Count one user less of each store and layer."""
         for store in self.frozen:
             store.drop()
+        layers.release(self.base.layers)
 
 
 @dataclass
@@ -133,7 +136,7 @@ class StackedSandbox(BrokeredSandbox):
     def layer(self, out: IO[bytes], keep: Callable[[str], bool]) -> None:
         """Write what this sandbox wrote, whatever directory it is in, to `out` as a layer of an image.
 
-        Every process but the broker ends for it. keep: see `layers.capture`; paths begin at the sandbox's root, or, where
+        Every process but the broker ends for it. keep: see `capture`; paths begin at the sandbox's root, or, where
         the backend caps only some directories (docker), at their numbers. Raises `Unsupported` for a sandbox that started
         from a snapshot, whose files lie in several stores.
         """
@@ -199,6 +202,7 @@ class StackedBackend(ABC):
     kind: type[StackedSandbox] = StackedSandbox
 
     def __init__(self) -> None:
+        layers.cap()  # a wrong one is told at once
         self._live: weakref.WeakValueDictionary[str, StackedSandbox] = weakref.WeakValueDictionary()
         self._proven: set[str] = set()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import errno
 import gzip
 import hashlib
 import lzma
@@ -16,29 +17,41 @@ import os
 import shutil
 import stat
 import tarfile
+import zlib
 from pathlib import Path
 from typing import IO, cast
 
-from envs.errors import Unsupported
+from envs.errors import InfraError, Unsupported
 from envs.sandbox.helper import unprivileged
 from envs.sandbox.walk import exists_at
 
 ENTRIES_MAX = 4_000_000
 KEEP_FREE = 1 << 30
-"""Bytes that stay free on the cache's file system."""
-
+"""Bytes that stay free on the cache's file system, or a twentieth of it where that is less."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a full disk."""
 _LATEST = (1 << 31) - 1
 """The last time that a file can have, in seconds."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_BROKEN = (tarfile.TarError, EOFError, lzma.LZMAError, gzip.BadGzipFile, ValueError)
+_BROKEN = (tarfile.TarError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, ValueError)
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
+
+
+class DiskFull(InfraError):
+    """What was to be written into the cache does not fit on its disk."""
+
+
+def room(path: Path) -> int:
+    """How many more bytes may be written to the file system of `path`; negative where too many were already."""
+    disk = shutil.disk_usage(path)
+    return disk.free - min(KEEP_FREE, disk.total // 20)
 
 
 def unpack(stream: IO[bytes], to: Path, what: str) -> str:
     """Unpack a seekable tar archive, plain or compressed by gzip, bzip2 or xz, into the new directory `to`.
 
     Entries named `.wh.NAME` delete NAME of the layers below, as in image archives. Returns the SHA-256 of the
-    uncompressed archive. Raises `Unsupported`, one line that begins with `what`; `to` is gone then.
+    uncompressed archive. Raises `Unsupported` or `DiskFull`, one line that begins with `what`; `to` is gone then.
     """
     to.mkdir()
     to.chmod(0o755)
@@ -50,10 +63,11 @@ def unpack(stream: IO[bytes], to: Path, what: str) -> str:
             raise Unsupported(
                 f"{what}: not a readable archive ({error}); make it again, e.g. with `docker save`"
             ) from None
-        if isinstance(error, _Refused):
-            raise Unsupported(f"{what}: {error}") from None
+        if isinstance(error, _Refused | DiskFull):
+            raise (Unsupported if isinstance(error, _Refused) else DiskFull)(f"{what}: {error}") from None
         if isinstance(error, OSError):
-            raise Unsupported(f"{what}: can't be unpacked into {to.parent} ({error.strerror or error})") from None
+            kind = DiskFull if error.errno in FULL else Unsupported
+            raise kind(f"{what}: can't be unpacked into {to.parent} ({error.strerror or error})") from None
         raise
     return digest
 
@@ -84,13 +98,12 @@ class _Hashed:
         self.hash.update(data)
         self.count += len(data)
         if self.count > self._most:
-            raise _Refused(f"it unpacks to more than the {self._most >> 20} MiB that are free; free some space")
+            raise DiskFull(f"it unpacks to more than the {self._most >> 20} MiB that are free; free some space")
         return data
 
 
 def _unpack(stream: IO[bytes], to: Path) -> str:
-    free = max(0, shutil.disk_usage(to).free - KEEP_FREE)
-    source = _Hashed(_plain(stream), free)
+    source = _Hashed(_plain(stream), max(0, room(to)))
     root = os.open(to, _DIRECTORY)
     modes: list[tuple[str, int]] = []
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from envs.errors import SandboxDead
 from envs.sandbox.base import Backend, Limits
-from envs.swe.images import TESTBED, Refused
+from envs.swe.install import TESTBED, Refused
 
 COMMAND = "python -m pytest --rootdir=. -p no:cacheprovider -p no:randomly"
 """Run in the work directory, with test files or ids as arguments. With `--rootdir` ids are relative to it, whatever is run;
@@ -69,7 +69,7 @@ def discover(
 ) -> Discovery:
     """Run the whole suite of an image's repository `runs` times, each in a new sandbox.
 
-    timeout: seconds of one run. Raises `images.Refused`, one line, where there are no tests, none passes twice, or the suite
+    timeout: seconds of one run. Raises `Refused`, one line, where there are no tests, none passes twice, or the suite
     does not end; `InfraError` where the sandbox failed.
     """
     found = []
@@ -164,7 +164,8 @@ def _refusal(run: _Run, tests: Mapping[str, str], unstable: Sequence[str]) -> Re
         return Refused("tests", f"the repository has none that pytest finds{only}")
     count = {word: list(tests.values()).count(word) for word in ("fail", "skip")}
     return Refused(
-        "tests", f"none passes every time: {count['fail']} fail, {count['skip']} are skipped, {len(unstable)} are unstable"
+        "tests",
+        f"none passes every time: {count['fail']} fail, {count['skip']} are skipped, {len(unstable)} are unstable",
     )
 
 

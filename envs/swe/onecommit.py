@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from envs.sandbox.layers import TIME, Entry
+from envs.sandbox.capture import TIME, Entry
 
 AUTHOR = f"codeworld <codeworld@localhost> {TIME} +0000"
 BRANCH = "main"

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from envs.sandbox.layers import Tree
+from envs.sandbox.capture import Tree
 from envs.swe.wheels import name_of
 
 EXTRAS = ("test", "tests", "testing", "test-suite", "pytest", "dev", "develop", "development")
@@ -25,12 +25,75 @@ FILES = tuple(
 )
 """Requirements files by their usual names."""
 TOOLS = frozenset(
-    """auditwheel autopep8 bandit black build bump2version bumpversion check-manifest codecov commitizen coveralls cruft
-    docformatter flake8 furo gitpython hatch interrogate ipdb ipython isort jupyter mkdocs mkdocs-material mypy
-    myst-parser nox pdbpp pip pip-tools pre-commit pycodestyle pydocstyle pyflakes pylint pyright pyroma pytest-black
-    pytest-checkdocs pytest-enabler pytest-flake8 pytest-isort pytest-mypy pytest-pylint pytest-ruff pyupgrade
-    python-semantic-release radon readme-renderer release rst2pdf ruff safety setuptools-scm sphinx sphinx-autobuild
-    sphinx-rtd-theme towncrier tox tox-uv twine types-pyyaml uv validate-pyproject vulture wheel zest-releaser""".split()
+    [
+        "auditwheel",
+        "autopep8",
+        "bandit",
+        "black",
+        "build",
+        "bump2version",
+        "bumpversion",
+        "check-manifest",
+        "codecov",
+        "commitizen",
+        "coveralls",
+        "cruft",
+        "docformatter",
+        "flake8",
+        "furo",
+        "gitpython",
+        "hatch",
+        "interrogate",
+        "ipdb",
+        "ipython",
+        "isort",
+        "jupyter",
+        "mkdocs",
+        "mkdocs-material",
+        "mypy",
+        "myst-parser",
+        "nox",
+        "pdbpp",
+        "pip",
+        "pip-tools",
+        "pre-commit",
+        "pycodestyle",
+        "pydocstyle",
+        "pyflakes",
+        "pylint",
+        "pyright",
+        "pyroma",
+        "pytest-black",
+        "pytest-checkdocs",
+        "pytest-enabler",
+        "pytest-flake8",
+        "pytest-isort",
+        "pytest-mypy",
+        "pytest-pylint",
+        "pytest-ruff",
+        "pyupgrade",
+        "python-semantic-release",
+        "radon",
+        "readme-renderer",
+        "release",
+        "rst2pdf",
+        "ruff",
+        "safety",
+        "setuptools-scm",
+        "sphinx",
+        "sphinx-autobuild",
+        "sphinx-rtd-theme",
+        "towncrier",
+        "tox",
+        "tox-uv",
+        "twine",
+        "types-pyyaml",
+        "uv",
+        "validate-pyproject",
+        "vulture",
+        "wheel",
+        "zest-releaser",
+    ]
 )
 """What development lists name beside the tests' own needs. Where a test does import one, collection tells."""
 _DEPTH = 8
@@ -101,9 +164,7 @@ def _groups(groups: Mapping[str, Any]) -> Iterator[str]:
 
 def _poetry(table: Mapping[str, Any]) -> Iterator[str]:
     """Names only: poetry's version ranges are its own."""
-    groups = [
-        _dict(value).get("dependencies") for name, value in _dict(table.get("group")).items() if _is_test(name)
-    ]
+    groups = [_dict(value).get("dependencies") for name, value in _dict(table.get("group")).items() if _is_test(name)]
     for group in (table.get("dev-dependencies"), *groups):
         yield from _dict(group)
 

@@ -10,35 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
 import stat
 import subprocess
 import sys
 import tarfile
-import urllib.error
-import urllib.parse
-import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
-from envs.sandbox.layers import Entry
+from envs.sandbox.capture import Entry
+from envs.swe.index import BYTES_MAX, sdist, version_of
 
-BYTES_MAX = 512 << 20
-"""Of one repository's files together, and of one file that is fetched."""
 ENTRIES_MAX = 100_000
-INDEX = "https://pypi.org/simple"
-"""The package index, where neither `PIP_INDEX_URL` nor pip's configuration names another."""
-SECONDS = 60.0
-"""Wall clock of one answer of the index."""
 GIT_SECONDS = 900.0
 _NAME = re.compile(r"^([A-Za-z0-9][A-Za-z0-9._-]*)(?:==([A-Za-z0-9.!+_-]+))?$")
-_RELEASE = re.compile(r"^\d+(\.\d+)*(\.post\d+)?$")
 
 
 @dataclass(frozen=True)
@@ -100,116 +89,8 @@ def _package(source: str, cache: Path, python: str) -> Source:
         raise ValueError(f"{source!r}: no name of a package; give pypi:NAME or pypi:NAME==VERSION")
     name, version = re.sub(r"[-_.]+", "-", match[1]).lower(), match[2]
     path = sdist(name, version or "", cache, python)
-    version = _version(path.name, name) or ""
+    version = version_of(path.name, name) or ""
     return Source(name, version, "", source, None, lambda commit: _unpacked(path, commit))
-
-
-def sdist(name: str, version: str, cache: Path, python: str) -> Path:
-    """The source distribution of a package (version "": the newest that `python` can run, pre-releases left out).
-
-    A version that is in `cache` already is not asked for again. Raises `ValueError`.
-    """
-    what = f"pypi:{name}" + (f"=={version}" if version else "")
-    directory = cache / "sdists" / name
-    for path in directory.glob("*") if version else ():
-        if _version(path.name, name) == version:
-            return path
-    files = _files(name, what)
-    found = {v: f for f in files if (v := _version(f["filename"], name)) and not f.get("yanked")}
-    if not found:
-        raise ValueError(f"{what}: the index has no source distribution of it; give a git URL of its repository")
-    if version and version not in found:
-        raise ValueError(f"{what}: no source distribution of this version; there are {', '.join(list(found)[-8:])}")
-    fit = [v for v, f in found.items() if _RELEASE.match(v) and _runs(f.get("requires-python"), python)]
-    if not version and not fit:
-        raise ValueError(f"{what}: no release of it runs on Python {python}; name a version: pypi:{name}==VERSION")
-    chosen = found[version or max(fit, key=_order)]
-    path = directory / chosen["filename"]
-    if not path.exists():
-        data = _get(chosen["url"], what)
-        wanted = (chosen.get("hashes") or {}).get("sha256")
-        if wanted and hashlib.sha256(data).hexdigest() != wanted:
-            raise ValueError(f"{what}: {path.name} has other content than the index says; try again")
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / f".{os.getpid()}.partial"
-        partial.write_bytes(data)
-        partial.rename(path)
-    return path
-
-
-def _version(filename: str, name: str) -> str | None:
-    """The version in a source distribution's file name."""
-    stem = next((filename.removesuffix(end) for end in (".tar.gz", ".zip", ".tar.bz2") if filename.endswith(end)), "")
-    head, _, version = stem.rpartition("-")
-    return version if re.sub(r"[-_.]+", "-", head).lower() == name else None
-
-
-def _order(version: str) -> tuple[list[int], int]:
-    release, _, post = version.partition(".post")
-    return [int(part) for part in release.split(".")], int(post or -1)
-
-
-def _runs(requires: str | None, python: str) -> bool:
-    """Whether the lower bounds of `requires-python` admit `python`; what else it says, the installer sees."""
-    have = [int(part) for part in python.split(".")]
-    bounds = re.findall(r">=?\s*(\d+(?:\.\d+)*)", requires or "")
-    return all(have >= [int(part) for part in bound.split(".")][:2] for bound in bounds)
-
-
-def _files(name: str, what: str) -> list[dict[str, Any]]:
-    """The files of a project, as the index lists them. Source: PEP 503 and 691."""
-    url = f"{_index().rstrip('/')}/{name}/"
-    data = _get(url, what, accept="application/vnd.pypi.simple.v1+json, text/html;q=0.1")
-    try:
-        return list(json.loads(data)["files"])
-    except ValueError:
-        return _Anchors(url, data.decode("utf-8", "replace")).files
-
-
-class _Anchors(HTMLParser):
-    """The links of a project's page, as its JSON form lists them."""
-
-    def __init__(self, url: str, text: str) -> None:
-        super().__init__()
-        self.files: list[dict[str, Any]] = []
-        self._url = url
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """One link."""
-        found = dict(attrs)
-        if tag == "a" and found.get("href"):
-            url, _, digest = urllib.parse.urljoin(self._url, found["href"] or "").partition("#")
-            kind, _, digest = digest.partition("=")
-            name = urllib.parse.unquote(url.rpartition("/")[2])
-            entry: dict[str, Any] = {"filename": name, "url": url, "yanked": "data-yanked" in found}
-            self.files.append(entry | {"hashes": {kind: digest}, "requires-python": found.get("data-requires-python")})
-
-
-def _index() -> str:
-    given = os.environ.get("PIP_INDEX_URL")
-    if not given:
-        ask = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
-        given = subprocess.run(ask, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL).stdout.strip()
-    return given or INDEX
-
-
-def _get(url: str, what: str, accept: str = "*/*") -> bytes:
-    if urllib.parse.urlsplit(url).scheme not in ("https", "http", "file"):
-        raise ValueError(f"{what}: the index leads to {url[:100]!r}, which is not fetched")
-    try:
-        request = urllib.request.Request(url, headers={"Accept": accept, "User-Agent": "codeworld"})
-        with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-            data: bytes = answer.read(BYTES_MAX + 1)
-    except urllib.error.HTTPError as error:
-        cause = "no such package" if error.code == 404 else f"the index answers {error.code} {error.reason}"
-        raise ValueError(f"{what}: {cause}; check the name, or try later") from None
-    except OSError as error:
-        cause = str(getattr(error, "reason", None) or error)
-        raise ValueError(f"{what}: the index can't be reached ({cause}); check the network and PIP_INDEX_URL") from None
-    if len(data) > BYTES_MAX:
-        raise ValueError(f"{what}: more than {BYTES_MAX >> 20} MiB; it is not fetched")
-    return data
 
 
 # ---- archives ----
@@ -272,7 +153,8 @@ def _inside(path: str, what: str) -> str:
 
 
 def _checked(tree: dict[str, Entry], what: str) -> dict[str, Entry]:
-    """Refuse links that leave the tree, and files below what is no directory."""
+    """Refuse links that leave the tree, and files below what is no directory; leave out what is git's own."""
+    tree = {path: entry for path, entry in tree.items() if ".git" not in path.lower().split("/")}
     for path, entry in tree.items():
         _inside(path, what)
         if not path or any(part in tree for part in map(str, PurePosixPath(path).parents)):
@@ -323,12 +205,12 @@ def _objects(source: str, path: Path, commit: str) -> Iterator[tuple[str, Entry]
     if len(wanted) > ENTRIES_MAX or total > BYTES_MAX:
         raise ValueError(f"{source!r}: more than {ENTRIES_MAX} files or {BYTES_MAX >> 20} MiB; it is not read")
     answer = io.BytesIO(_run_git(path, "cat-file", "--batch", stdin=b"".join(d + b"\n" for *_, d in wanted)))
-    for name, mode, _ in wanted:
-        data = _object(answer, source, name)
+    for path_inside, mode, _ in wanted:
+        data = _object(answer, source, path_inside)
         if mode == b"120000":
-            yield name, Entry(link=data.decode("utf-8", "surrogateescape"))
+            yield path_inside, Entry(link=data.decode("utf-8", "surrogateescape"))
         else:
-            yield name, Entry(data, 0o755 if mode == b"100755" else 0o644)
+            yield path_inside, Entry(data, 0o755 if mode == b"100755" else 0o644)
 
 
 def _object(answer: IO[bytes], source: str, name: str) -> bytes:
@@ -346,7 +228,17 @@ def _clone(source: str, url: str, commit: str, cache: Path) -> Path:
     if path.is_dir():
         full = re.fullmatch(r"[0-9a-f]{40}", commit)
         if not (full and _run_git(path, "cat-file", "-t", commit, check=False) == b"commit\n"):
-            _run_git(path, "fetch", "--quiet", "--force", "--tags", url, "+HEAD:HEAD", "+refs/heads/*:refs/heads/*", what=source)
+            _run_git(
+                path,
+                "fetch",
+                "--quiet",
+                "--force",
+                "--tags",
+                url,
+                "+HEAD:HEAD",
+                "+refs/heads/*:refs/heads/*",
+                what=source,
+            )
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}")
@@ -388,11 +280,13 @@ def _run_git(path: Path, *args: str, stdin: bytes = b"", check: bool = True, wha
     except FileNotFoundError:
         raise ValueError("no git command on PATH; install git, or give a source distribution: pypi:NAME") from None
     except subprocess.TimeoutExpired:
-        raise ValueError(f"{what or path}: git {args[0]} took more than {GIT_SECONDS:.0f} s; clone it by hand") from None
+        raise ValueError(
+            f"{what or path}: git {args[0]} took more than {GIT_SECONDS:.0f} s; clone it by hand"
+        ) from None
     if done.returncode and check:
         cause = " ".join(done.stderr.decode("utf-8", "replace").split())[-200:]
         raise ValueError(f"{what or path}: git {args[0]} failed ({cause}); check the address and the network")
     return b"" if done.returncode else done.stdout
 
 
-__all__ = ["Source", "fetch", "sdist"]
+__all__ = ["Source", "fetch"]

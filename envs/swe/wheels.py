@@ -19,11 +19,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from envs.swe.sources import sdist
+from envs.swe.index import sdist
 
 SECONDS = 600.0
 """Wall clock of one `pip download`."""
-MISSING = re.compile(r"No matching distribution found for ([^\n]+)|Could not find a version that satisfies the requirement ([^\n(]+)")
+MISSING = re.compile(
+    r"No matching distribution found for ([^\n]+)|Could not find a version that satisfies the requirement ([^\n(]+)"
+)
 """How pip says that it has no file for a requirement."""
 _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(\[[A-Za-z0-9._, -]*\])?\s*(.*?)\s*$")
 

@@ -21,8 +21,9 @@ import pytest
 from envs.errors import InfraError, Unsupported
 from envs.sandbox import Backend, FileChange, Limits, Sandbox, cgroups, hoststore, make_backend, reaper, walk
 from envs.sandbox import docker as docker_backend
-from envs.sandbox.bases import find_base, layers_at, layers_dir
+from envs.sandbox.bases import find_base, layers_at
 from envs.sandbox.docker import DockerBackend
+from envs.sandbox.layers import layers_dir
 from envs.sandbox.native import NativeBackend
 from envs.sandbox.stacked import FIRST_UID
 from envs.sandbox.unpack import unpack
@@ -70,7 +71,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     from envs.sandbox import bases
 
-    for cached in (bases._host, bases._top, bases._archive_at, bases._docker_image):
+    for cached in (bases._host, bases._archive_at, bases._docker_image):
         cached.cache_clear()
     return layers_dir()
 
@@ -281,7 +282,7 @@ BAD: dict[str, Entries] = {
 def refused(backend: Backend, base: Path | str, cache: Path) -> str:
     with pytest.raises(Unsupported, match=r"^base='[^\n]{20,}$") as caught:
         backend.create(base=str(base))
-    left = {path.name for path in cache.iterdir()} - {".lock"}
+    left = {path.name for path in cache.iterdir()} - {".lock", ".use"}
     assert not {name for name in left if name.startswith(".")}, left
     return str(caught.value)
 
