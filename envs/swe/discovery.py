@@ -78,6 +78,17 @@ def discover(
         with backend.create(base=image, workdir=TESTBED, limits=limits) as box:
             command = command or f"{COMMAND}{_options(box)}"
             found.append(_run(box, command, timeout))
+    return _summary(command, found)
+
+
+def _options(box: Any) -> str:
+    code = f"import importlib.util as u; print(*(o for m, o in {_EXTRA!r}.items() if u.find_spec(m)))"
+    options = box.run(f'python -c "{code}"', timeout=60).text().strip()
+    return f" {options}" if options else ""
+
+
+def _summary(command: str, found: Sequence[_Run]) -> Discovery:
+    """What several runs of one suite have in common."""
     first, tests, unstable = found[0], {}, []
     for test in sorted({test for run in found for test in run.outcomes}):
         outcomes = {run.outcomes.get(test, "") for run in found}
@@ -93,18 +104,12 @@ def discover(
     return Discovery(
         command=command,
         tests=tests,
-        seconds={file: round(sum(run.seconds.get(file, 0.0) for run in found) / runs, 4) for file in files},
+        seconds={file: round(sum(run.seconds.get(file, 0.0) for run in found) / len(found), 4) for file in files},
         unstable=tuple(unstable),
         broken=tuple(sorted(first.broken)),
         doctests=len(first.doctests),
-        wall=round(sum(run.wall for run in found) / runs, 2),
+        wall=round(sum(run.wall for run in found) / len(found), 2),
     )
-
-
-def _options(box: Any) -> str:
-    code = f"import importlib.util as u; print(*(o for m, o in {_EXTRA!r}.items() if u.find_spec(m)))"
-    options = box.run(f'python -c "{code}"', timeout=60).text().strip()
-    return f" {options}" if options else ""
 
 
 def _run(box: Any, command: str, timeout: float) -> _Run:
@@ -197,7 +202,7 @@ def pytest_runtest_logreport(report):
 def pytest_collectreport(report):
     if report.failed:
         text = str(getattr(report.longrepr, "longrepr", report.longrepr)).strip().splitlines()
-        _say(what="broken", id=report.nodeid, why=text[-1][-200:] if text else "")
+        _say(what="broken", id=report.nodeid, why=text[-1].removeprefix("E").strip()[-200:] if text else "")
 
 
 def pytest_sessionfinish(session, exitstatus):

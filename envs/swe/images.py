@@ -11,11 +11,12 @@ share the environment.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shlex
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from envs.sandbox.capture import Entry, Tree, read_layer, tree_layer
 from envs.sandbox.imagestore import ImageStore
 from envs.sandbox.native import NativeSandbox
 from envs.swe import requirements
-from envs.swe.install import SECONDS, TESTBED, VENV, Build, Refused, compile_command, last_words
+from envs.swe.install import PIP, SECONDS, STDLIB, TESTBED, VENV, Build, Refused, compile_command, last_words
 from envs.swe.onecommit import one_commit
 from envs.swe.sources import Source
 from envs.swe.wheels import Interpreter, WheelCache
@@ -84,15 +85,16 @@ def environment(
     """
     offer(store.directory)
     tree, begun = source.tree(), time.monotonic()
-    below = interpreter(store, base, backend, python)
+    below, tools = interpreter(store, base, backend, cache=cache, python=python)
     key = _key(RECIPE, below, source.name, source.version, source.commit, _tree_digest(tree), list(extras))
     if known := store.find({"codeworld.key": key}):
         return _remembered(store, known, tree)
-    with _sandbox(backend, below, limits, tree) as box:
+    with _sandbox(backend, tools, limits, tree) as box:
         build = Build(box, WheelCache(cache / "wheels"), _interpreter(store, below))
         build.links(tree)
         report = build.install(tree, source, extras)
-        env_layer, captured = _captured(box)
+        env_layer = _layer(box, _outside)
+        captured = read_layer(io.BytesIO(_layer(box, _inside)), TESTBED.lstrip("/"))
     installed = store.extend(below, [env_layer], created_by=f"codeworld: environment of {source.name}")
     made = {path: entry for path, entry in captured.items() if tree.get(path) != entry and _is_kept(path, tree)}
     layer = tree_layer({**tree, **made}, TESTBED)
@@ -103,27 +105,36 @@ def environment(
     return replace(_remembered(store, digest, tree), seconds=round(time.monotonic() - begun, 2))
 
 
-def interpreter(store: ImageStore, base: str, backend: Backend, python: str = "python3") -> str:
-    """The image `base` with a virtual environment at `VENV` and the standard library compiled; every environment's base."""
+def interpreter(
+    store: ImageStore, base: str, backend: Backend, *, cache: Path, python: str = "python3"
+) -> tuple[str, str]:
+    """The image `base` with a virtual environment at `VENV` and the standard library compiled, on which all environments
+    stand; and that with pip on top, in which they are built."""
     offer(store.directory)
     key = _key(RECIPE, base, python)
-    if known := store.find({"codeworld.interpreter": key}):
-        return known
+    below, tools = store.find({"codeworld.interpreter": key}), store.find({"codeworld.tools": key})
+    if below and tools:
+        return below, tools
     with _sandbox(backend, base, LIMITS) as box:
         probed = box.run(f"{python} -c {shlex.quote(_PROBE)}", timeout=SECONDS)
         if not probed.ok:
-            raise Refused(
-                "base", f"{base}: {python} does not run there ({last_words(probed)}); use an image with Python"
-            )
-        made = box.run(f"{python} -m venv --without-pip {VENV} && {compile_command('stdlib')}", timeout=SECONDS)
+            why = f"{python} does not run there ({last_words(probed)})"
+            raise Refused("base", f"{base}: {why}; use an image with Python and its venv module")
+        found = probed.text().strip()
+        (pip,) = WheelCache(cache / "wheels").get(["pip"], Interpreter(**json.loads(found)))
+        box.write(f"/tmp/{pip.name}", pip.read_bytes())
+        unpack = f"python -m zipfile -e /tmp/{pip.name} {PIP} && {compile_command(repr(PIP))}"
+        venv = f"{python} -m venv --without-pip {VENV} && PATH={VENV}/bin:$PATH && {compile_command(STDLIB)}"
+        made = box.run(f"{venv} && {unpack}", timeout=SECONDS)
         if not made.ok:
-            raise Refused(
-                "base", f"{base}: no virtual environment can be made there ({last_words(made)}); install venv"
-            )
-        layer, _ = _captured(box)
-    paths = {"PATH": f"{VENV}/bin:{_path(store, base)}", **_ENV}
-    labels = {"codeworld.interpreter": key, "codeworld.python": probed.text().strip()}
-    return store.extend(base, [layer], env=paths, labels=labels, created_by="codeworld: interpreter")
+            raise Refused("base", f"{base}: no virtual environment can be made there ({last_words(made)})")
+        with_pip = _layer(box, lambda path: path in ("opt", "opt/pip") or path.startswith("opt/pip/"))
+        layer = _layer(box, lambda path: _outside(path) and path != "opt/pip")
+    env = {"PATH": f"{VENV}/bin:{_path(store, base)}", **_ENV}
+    labels = {"codeworld.interpreter": key, "codeworld.python": found}
+    below = store.extend(base, [layer], env=env, labels=labels, created_by="codeworld: interpreter")
+    labels = {"codeworld.interpreter": "", "codeworld.tools": key}
+    return below, store.extend(below, [with_pip], labels=labels, created_by="codeworld: pip, to build with")
 
 
 def at_commit(store: ImageStore, env: Environment, tree: Tree) -> str:
@@ -180,13 +191,12 @@ def _sandbox(backend: Backend, base: str, limits: Limits, tree: Tree | None = No
     raise ValueError(f"images are built in native sandboxes, not in {backend.name} ones; use the native backend")
 
 
-def _captured(box: NativeSandbox) -> tuple[bytes, dict[str, Entry]]:
-    """What a sandbox wrote: outside the work directory as a layer, inside as files."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as own:
-        box.layer(out, _outside)
-        box.layer(own, _inside)
-        out.seek(0), own.seek(0)
-        return out.read(), read_layer(own, TESTBED.lstrip("/"))
+def _layer(box: NativeSandbox, keep: Callable[[str], bool]) -> bytes:
+    """What a sandbox wrote, as a layer."""
+    with tempfile.TemporaryFile() as out:
+        box.layer(out, keep)
+        out.seek(0)
+        return out.read()
 
 
 def _outside(path: str) -> bool:

@@ -7,6 +7,7 @@ it misses is fetched outside, and it is tried again: so the interpreter inside d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -20,9 +21,12 @@ from envs.swe import requirements
 from envs.swe.sources import Source
 from envs.swe.wheels import MISSING, Interpreter, Unavailable, WheelCache, check_requirement, name_of
 
-TESTBED, VENV = "/testbed", "/opt/venv"
+TESTBED, VENV, PIP = "/testbed", "/opt/venv", "/opt/pip"
+STDLIB, SITE = "s.get_path('stdlib')", "s.get_path('purelib')"
 SECONDS = 900.0
 """Wall clock of one step."""
+COLLECT_SECONDS = 180.0
+"""Wall clock of one dry run of the tests."""
 ROUNDS = 12
 """How often an installation is tried again with what was missing."""
 _COLLECT_ROUNDS = 5
@@ -39,7 +43,7 @@ class Refused(ValueError):
 
 _METADATA = """
 import importlib.metadata, json, sys
-sys.path.insert(0, "/tmp/pip")
+sys.path.insert(0, "/opt/pip")
 from pip._vendor.packaging.requirements import InvalidRequirement, Requirement
 given = json.load(sys.stdin)
 normal = lambda name: name.lower().replace("_", "-").replace(".", "-")
@@ -96,8 +100,8 @@ class Build:
 
     def install(self, tree: Tree, source: Source, extras: Sequence[str]) -> dict[str, Any]:
         """The package, editable, what it and its tests need, and pytest; returns a report of plain values."""
-        self._give(["pip"])
-        self._do("python -m zipfile -e /tmp/wheels/pip-*.whl /tmp/pip", "build")
+        with contextlib.suppress(ValueError):  # what is missing is asked for one by one
+            self._give(requirements.build_requirements(tree))
         plain = not requirements.build_system(tree)
         if plain:
             place = f"{TESTBED}/src" if any(path.startswith("src/") for path in tree) else TESTBED
@@ -110,9 +114,13 @@ class Build:
             raise Refused("install", f"its metadata can't be read ({last_words(answer)})")
         needs = json.loads(answer.text().splitlines()[-1])
         self._requirements(needs["required"], [r for r in needs["optional"] if name_of(r) not in requirements.TOOLS])
-        self._collected(tree)
-        self._audit(tree)
-        self._do(compile_command("purelib"), "install")
+        self._compile()
+        if self._collected(tree):
+            self._compile()
+        if not plain and self._copies(tree):  # a dependency asked for another release of the package itself
+            self._editable(source)
+        if copies := self._copies(tree):
+            raise Refused("audit", f"{len(copies)} copies of its modules lie in the environment, first {copies[0]}")
         return {
             "python": self.interpreter.version,
             "packages": json.loads(self._do(f"python -c {shlex.quote(_PACKAGES)}", "install").text()),
@@ -132,7 +140,7 @@ class Build:
         self._pip(f"--no-deps -e {TESTBED}", "install", env)
 
     def _requirements(self, required: Sequence[str], optional: Sequence[str]) -> None:
-        """All together where that works; else what is required, and each of the others that can be had."""
+        """All together where that works; else what is required, and each of the others that can be had beside it."""
         needed = [*required, "pytest"]
         try:
             self._give([*needed, *optional])
@@ -141,6 +149,12 @@ class Build:
         except (Refused, Unavailable) as error:
             if not optional:
                 raise error if isinstance(error, Refused) else Refused("install", str(error)) from None
+            name = name_of(error.requirement) if isinstance(error, Unavailable) else ""
+            rest = [requirement for requirement in optional if name_of(requirement) != name]
+            if len(rest) < len(optional):
+                self.dropped.append(f"{name}: {error}")
+                self._requirements(required, rest)
+                return
         self._requirements(required, ())
         for requirement in optional:
             self._try(requirement)
@@ -156,35 +170,36 @@ class Build:
             self.dropped.append(f"{requirement}: {error}")
             return False
 
-    def _collected(self, tree: Tree) -> None:
-        """Modules, plugins and fixtures that a dry run of the tests misses are tried by the names of their packages."""
+    def _compile(self) -> None:
+        self._do(compile_command(SITE), "install")
+
+    def _collected(self, tree: Tree) -> bool:
+        """Try what a dry run of the tests misses, modules, plugins and fixtures, by the names of their packages; returns
+        whether anything could be had."""
         own = {part.removesuffix(".py") for path in tree for part in path.split("/")}
-        tried: set[str] = set()
+        found, tried = False, set[str]()
         for _ in range(_COLLECT_ROUNDS):
-            result = self.box.run(
-                f"cd {TESTBED}; python -m pytest -q --setup-plan -p no:cacheprovider", timeout=SECONDS
-            )
+            command = f"cd {TESTBED}; python -m pytest -q --setup-plan -p no:cacheprovider"
+            result = self.box.run(command, timeout=COLLECT_SECONDS)
             names = {_PACKAGES_OF.get(name, name) for name in missing_modules(result.text()) if name not in own}
             had = [self._try(name) for name in sorted(names - tried)]
             if not any(had):
-                return
-            tried |= names
+                break
+            found, tried = True, tried | names
+        return found
 
-    def _audit(self, tree: Tree) -> None:
-        """Refuse an environment with another copy of what the repository's packages hold, from which tasks could be solved.
-
-        A copy is a module of the same path and the same name as one of the repository, of another distribution.
-        """
-        answer = self._do(f"python -c {shlex.quote(_COPIES)}", "audit", stdin=json.dumps(_modules(tree)).encode())
-        copies = json.loads(answer.text().splitlines()[-1])
-        if copies:
-            raise Refused("audit", f"{len(copies)} copies of its modules lie in the environment, first {copies[0]}")
+    def _copies(self, tree: Tree) -> list[str]:
+        """Modules of the environment that are, by their place, copies of the repository's own: installed beside it, or
+        held by another distribution. From them a task could be solved."""
+        answer = self._do(f"python -c {shlex.quote(_COPIES)}", "audit", stdin=json.dumps(modules(tree)).encode())
+        found: list[str] = json.loads(answer.text().splitlines()[-1])
+        return found
 
     def _pip(self, args: str, step: str, env: str = "") -> None:
         """`pip install` inside; files that it misses are fetched, and it is tried again."""
         asked: set[str] = set()
         for _ in range(ROUNDS):
-            command = f"cd /tmp && env {_PIP} {env} python /tmp/pip/pip install --quiet --no-compile {args}"
+            command = f"cd /tmp && env {_PIP} {env} python {PIP}/pip install --quiet --no-compile {args}"
             result = self.box.run(command, timeout=SECONDS)
             if result.ok:
                 return
@@ -251,19 +266,20 @@ print(json.dumps({d.metadata["Name"]: d.version for d in importlib.metadata.dist
 
 _COPIES = """
 import json, os, sys, sysconfig
-modules = set(json.load(sys.stdin))
+modules, vendors = set(json.load(sys.stdin)), {"_vendor", "vendor", "_vendored", "vendored", "extern"}
 found = []
 for top in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
     for where, _, names in os.walk(top):
         for name in names:
-            path = os.path.join(where, name)
-            if any(path.endswith("/" + module) for module in modules) :
-                found.append(path)
+            parts = os.path.relpath(os.path.join(where, name), top).split("/")
+            starts = [0] + [i + 1 for i, part in enumerate(parts) if part in vendors]
+            if any("/".join(parts[i:]) in modules for i in starts):
+                found.append("/".join(parts))
 print(json.dumps(sorted(found)))
 """
 
 
-def _modules(tree: Tree) -> list[str]:
+def modules(tree: Tree) -> list[str]:
     """The repository's modules that an installed copy would have, by the end of their path: `package/module.py`."""
     elsewhere = ("test", "tests", "docs", "examples", "setup.py")
     found = set()
@@ -276,10 +292,11 @@ def _modules(tree: Tree) -> list[str]:
 
 
 def compile_command(place: str) -> str:
-    """A command that compiles Python's files so that their contents, not their times, say whether they are current."""
+    """A command that compiles Python's files below `place` (an expression, in which `s` is `sysconfig`) so that their
+    contents, not their times, say whether they are current."""
     mode = "compileall.py_compile.PycInvalidationMode.CHECKED_HASH"
-    code = f"import compileall, sysconfig as s; compileall.compile_dir(s.get_path({place!r}), quiet=2, invalidation_mode={mode})"
-    return f"{VENV}/bin/python -c {shlex.quote(code)}"
+    code = f"import compileall, sysconfig as s; compileall.compile_dir({place}, quiet=2, invalidation_mode={mode})"
+    return f"python -c {shlex.quote(code)}"
 
 
 def last_words(result: Result) -> str:

@@ -109,6 +109,17 @@ def pyproject(tree: Tree) -> dict[str, Any]:
     return _toml(tree, "pyproject.toml")
 
 
+def build_requirements(tree: Tree) -> list[str]:
+    """What building the package will surely ask for, as far as it is said without markers. The installer knows the rest."""
+    table = _dict(pyproject(tree).get("build-system"))
+    found = (
+        _strings(table["requires"]) if "requires" in table else ["setuptools", "wheel"] if build_system(tree) else []
+    )
+    if any(name_of(requirement) == "hatchling" for requirement in found):
+        found.append("editables")  # asked for by its hook for editable installations
+    return [requirement for requirement in found if ";" not in requirement]
+
+
 def test_requirements(tree: Tree) -> list[str]:
     """Requirements (PEP 508, with markers) that the repository's files name for its tests, tools left out.
 
