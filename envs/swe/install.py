@@ -119,14 +119,14 @@ class Build:
             self._compile()
         if not plain and self._copies(tree):  # a dependency asked for another release of the package itself
             self._editable(source)
+        return self.report(tree) | {"plain": plain}
+
+    def report(self, tree: Tree) -> dict[str, Any]:
+        """What is in the environment, as plain values; raises `Refused` where it holds a copy of the repository."""
         if copies := self._copies(tree):
             raise Refused("audit", f"{len(copies)} copies of its modules lie in the environment, first {copies[0]}")
-        return {
-            "python": self.interpreter.version,
-            "packages": json.loads(self._do(f"python -c {shlex.quote(_PACKAGES)}", "install").text()),
-            "dropped": self.dropped,
-            "plain": plain,
-        }
+        packages = json.loads(self._do(f"python -c {shlex.quote(_PACKAGES)}", "install").text())
+        return {"python": self.interpreter.version, "packages": packages, "dropped": self.dropped}
 
     def _editable(self, source: Source) -> None:
         version = source.version or "0.0.1"

@@ -4,6 +4,7 @@ apart."""
 import ast
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -161,6 +162,23 @@ def test_an_episode_in_docker():
             assert grade_script(TASK, changes(script), backend).outcome == outcome
     finally:
         backend.close()
+
+
+@pytest.mark.docker
+def test_a_repository_in_an_image(native, tmp_path):
+    """Its files are read from the image: the task names only those of the repair."""
+    from envs.sandbox.archives import offer
+    from envs.sandbox.capture import Entry, tree_layer
+    from envs.sandbox.imagestore import ImageStore
+
+    store = ImageStore(tmp_path)
+    tree = {path: Entry(data) for path, data in TASK.files(TASK.setup).items()}
+    digest = store.extend(store.add_base("codeworld-base"), [tree_layer(tree, "testbed")], workdir="/testbed")
+    offer(tmp_path)
+    task = replace(TASK, base=digest, workdir="/testbed", setup={})
+    for script, outcome in ((HONEST, "resolved"), (CHEATS["a line of the repair"][0], "invalid")):
+        verdict = grade_script(task, changes(script), native)
+        assert verdict.outcome == outcome, verdict.why
 
 
 def test_forks_are_of_the_same_kind_and_statements_fit(native):
