@@ -31,9 +31,9 @@ from envs.sandbox.capture import Tree, tree_layer
 from envs.sandbox.imagestore import ImageStore
 from envs.sandbox.native import NativeSandbox
 from envs.swe import images
-from envs.swe.discovery import Discovery, discover
+from envs.swe.discovery import Discovery, discover, run_suite
 from envs.swe.env import SWEEnv
-from envs.swe.grading import DROPPED_NAMES, Verdict, claims
+from envs.swe.grading import DROPPED_NAMES, DROPPED_STEMS, Verdict
 from envs.swe.images import Environment
 from envs.swe.install import SECONDS, SITE, TESTBED, VENV, Build, Refused, compile_command
 from envs.swe.sources import Source
@@ -226,7 +226,8 @@ class RepoEnv(SWEEnv):
         start, box = self._start, self._sandbox
         env = {k: v for k, v in self._variables().items() if self._exports.get(k) != v}
         build = Build(box, WheelCache(self._cache / "wheels"), self._interpreter)
-        report = build.report(start.tree) | {"plain": bool(start.plain and start.plain.plain)}
+        build.audit(start.tree)
+        report = build.report(bool(start.plain and start.plain.plain))
         box.run(compile_command(SITE), timeout=SECONDS)
         tree = {**start.tree, **(start.plain.made if start.plain else {})}
         made = images.sealed(
@@ -263,8 +264,11 @@ class RepoEnv(SWEEnv):
         name = f"test_{secrets.token_hex(6)}"
         files = {f"{name}.py": f"def {name}():\n    assert False\n".encode()}
         with self.backend.create(base=made.digest, workdir=TESTBED, files=files, limits=images.LIMITS) as box:
-            result = box.run(f"{found.command} -rA --tb=no {name}.py", timeout=SECONDS)
-        return result.cause == "exit" and result.exit != 0 and claims(result.text()).get(f"{name}.py::{name}") == "fail"
+            try:
+                run = run_suite(box, found.command, SECONDS, tests=[f"{name}.py"])
+            except Refused:
+                return False
+        return run.outcomes.get(f"{name}.py::{name}") == "fail"
 
 
 def _name(source: Source) -> str:
@@ -274,7 +278,8 @@ def _name(source: Source) -> str:
 def _is_kept(path: str, tree: Tree) -> bool:
     """Whether a file that the agent made or changed in the repository belongs to the image."""
     name = PurePosixPath(path).name
-    decides = name in DROPPED_NAMES or any(fnmatch(name, pattern) for pattern in _TESTS)
+    decides = name in DROPPED_NAMES or name.partition(".")[0] in DROPPED_STEMS
+    decides = decides or any(fnmatch(name, pattern) for pattern in _TESTS)
     return path not in tree and not decides and path.partition("/")[0] not in ("build", "dist")
 
 

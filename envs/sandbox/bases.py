@@ -17,7 +17,7 @@ import re
 import stat
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ def _docker_image(lease: Lease, name: str) -> Base:
 
     what = f"base={name!r}"
     try:
-        client = docker.fromenv_of()
+        client = docker.from_env()
     except docker.errors.DockerException as error:
         if is_remote(name):
             return _image(Registry(name, what), what, lease)
@@ -226,7 +226,12 @@ def _docker_image(lease: Lease, name: str) -> Base:
 def layer_names(image: Any) -> tuple[str, ...]:
     """The names that the layers of an engine's image have here, the topmost first."""
     digests = image.attrs["RootFS"].get("Layers") or ()
-    return tuple(digest.partition(":")[2][:NAME] for digest in reversed(digests))
+    return _once(digest.partition(":")[2][:NAME] for digest in reversed(digests))
+
+
+def _once(layers: Iterable[str]) -> tuple[str, ...]:
+    """Without what lies below its equal, the topmost first: it shows nowhere, and the kernel refuses it."""
+    return tuple(dict.fromkeys(layers))
 
 
 def _checked(layers: tuple[str, ...], env: Mapping[str, str], what: str, lease: Lease) -> Base:
@@ -250,4 +255,4 @@ def _image(store: Store, what: str, lease: Lease) -> Base:
                 layers.insert(0, lease.put(digest, functools.partial(store.open, blob), what))
             except KeyError:
                 raise Unsupported(f"{what}: layer {blob!r} is missing; {store.REMEDY}") from None
-        return _checked(tuple(layers), image.env, what, lease)
+        return _checked(_once(layers), image.env, what, lease)

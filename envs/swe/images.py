@@ -87,24 +87,27 @@ def environment(
     cache: Path,
     python: str = "python3",
     extras: Sequence[str] = requirements.EXTRAS,
+    needs: Sequence[str] | None = None,
     limits: Limits = LIMITS,
 ) -> Environment:
     """The image of a repository, built in a sandbox of `backend` (native), or as `store` already has it.
 
     base: digest of an image of `store` with bash and `python` (with its `venv` module). cache: where wheels are kept.
-    extras: those of the package, and groups, that are installed where they exist. Raises `Refused`, one line, for a
+    extras: those of the package, and groups, that are installed where they exist. needs: the requirements of the tests, where
+    they are known: these are installed and nothing is guessed. Raises `Refused`, one line, for a
     repository that can't be installed; `ValueError` where wheels can't be fetched.
     """
     offer(store.directory)
     tree, begun = source.tree(), time.monotonic()
     below, tools = interpreter(store, base, backend, cache=cache, python=python)
-    key = _key(RECIPE, below, source.name, source.version, source.commit, _tree_digest(tree), list(extras))
+    asked = list(extras) if needs is None else {"needs": list(needs)}
+    key = _key(RECIPE, below, source.name, source.version, source.commit, _tree_digest(tree), asked)
     if known := store.find({"codeworld.key": key}):
         return remembered(store, known, tree)
     with _sandbox(backend, tools, limits, tree) as box:
         build = Build(box, WheelCache(cache / "wheels"), interpreter_of(store, below))
         build.links(tree)
-        report = build.install(tree, source, extras)
+        report = build.install(tree, source, extras) if needs is None else build.pinned(tree, source, needs)
         made = sealed(store, below, box, source, tree, report, {"codeworld.key": key}, lambda p: _is_kept(p, tree))
     return replace(made, seconds=round(time.monotonic() - begun, 2))
 
@@ -122,7 +125,7 @@ def sealed(
 ) -> Environment:
     """The image of what a sandbox wrote, put on the image `below`: one layer for the environment, one for the repository.
 
-    report: of `Build.report`, and whether it is `plain`. labels: by which the store finds it again. keep: which of the
+    report: of `Build.report`. labels: by which the store finds it again. keep: which of the
     files that were made or changed in the work directory belong to it. env: added to the image's environment.
     """
     env_layer = _layer(box, _outside)

@@ -104,14 +104,11 @@ class Build:
             self._give(requirements.build_requirements(tree))
         plain = not requirements.build_system(tree)
         if plain:
-            place = f"{TESTBED}/src" if any(path.startswith("src/") for path in tree) else TESTBED
-            self._do(f"echo {place} > {VENV}/lib/python{self.interpreter.version}/site-packages/testbed.pth", "install")
+            self._on_path(tree)
         else:
             self._editable(source)
         asked = {"requirements": requirements.test_requirements(tree), "extras": list(extras)}
-        answer = self.box.run(f"python -c {shlex.quote(_METADATA)}", stdin=json.dumps(asked).encode(), timeout=SECONDS)
-        if not answer.ok:
-            raise Refused("install", f"its metadata can't be read ({last_words(answer)})")
+        answer = self._do(f"python -c {shlex.quote(_METADATA)}", "install", stdin=json.dumps(asked).encode())
         needs = json.loads(answer.text().splitlines()[-1])
         self._requirements(needs["required"], [r for r in needs["optional"] if name_of(r) not in requirements.TOOLS])
         self._compile()
@@ -119,16 +116,45 @@ class Build:
             self._compile()
         if not plain and self._copies(tree):  # a dependency asked for another release of the package itself
             self._editable(source)
-        return self.report(tree) | {"plain": plain}
+        self.audit(tree)
+        return self.report(plain)
 
-    def report(self, tree: Tree) -> dict[str, Any]:
-        """What is in the environment, as plain values; raises `Refused` where it holds a copy of the repository."""
+    def audit(self, tree: Tree) -> None:
+        """Raises `Refused` where the environment holds a copy of the repository, from which tasks could be solved."""
         if copies := self._copies(tree):
             raise Refused("audit", f"{len(copies)} copies of its modules lie in the environment, first {copies[0]}")
-        packages = json.loads(self._do(f"python -c {shlex.quote(_PACKAGES)}", "install").text())
-        return {"python": self.interpreter.version, "packages": packages, "dropped": self.dropped}
 
-    def _editable(self, source: Source) -> None:
+    def pinned(self, tree: Tree, source: Source, needs: Sequence[str]) -> dict[str, Any]:
+        """Exactly `needs`, and the package, editable, with what it requires beside them; nothing is tried out.
+
+        A package whose own installation fails is put on the path instead. Returns a report as `install`.
+        """
+        if needs:
+            self._give(needs)
+            self._pip(" ".join(map(shlex.quote, needs)), "install")
+        plain = not requirements.build_system(tree)
+        if not plain:
+            try:
+                self._editable(source, "")
+            except Refused as error:
+                self.dropped.append(f"{source.name}: {error}")
+                plain = True
+        if plain:
+            self._on_path(tree)
+        self._compile()
+        return self.report(plain)
+
+    def report(self, plain: bool) -> dict[str, Any]:
+        """What is in the environment, as plain values."""
+        packages = json.loads(self._do(f"python -c {shlex.quote(_PACKAGES)}", "install").text())
+        return {"python": self.interpreter.version, "packages": packages, "dropped": self.dropped, "plain": plain}
+
+    def _on_path(self, tree: Tree) -> None:
+        """Have the repository's modules found where they lie."""
+        place = f"{TESTBED}/src" if any(path.startswith("src/") for path in tree) else TESTBED
+        self._do(f"echo {place} > {VENV}/lib/python{self.interpreter.version}/site-packages/testbed.pth", "install")
+
+    def _editable(self, source: Source, options: str = "--no-deps ") -> None:
         version = source.version or "0.0.1"
         names = (
             "SETUPTOOLS_SCM_PRETEND_VERSION",
@@ -137,7 +163,7 @@ class Build:
             "POETRY_DYNAMIC_VERSIONING_BYPASS",
         )
         env = " ".join(f"{name}={shlex.quote(version)}" for name in names)
-        self._pip(f"--no-deps -e {TESTBED}", "install", env)
+        self._pip(f"{options}-e {TESTBED}", "install", env)
 
     def _requirements(self, required: Sequence[str], optional: Sequence[str]) -> None:
         """All together where that works; else what is required, and each of the others that can be had beside it."""

@@ -71,7 +71,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     from envs.sandbox import bases
 
-    for cached in (bases._host, bases._archive_at, bases._docker_image):
+    for cached in (bases._host, bases._archive_at, bases._docker_image, bases._offered):
         cached.cache_clear()
     return layers_dir()
 
