@@ -13,6 +13,7 @@ TOOL_HELP = {
     "bash": "bash: run non-interactive commands in a persistent shell",
     "edit": "edit: a path, then one SEARCH/REPLACE block; the SEARCH lines must occur verbatim and once",
     "create": "create: a path, then the content of a new file",
+    "fetch": "fetch: bring wheels into the sandbox, one requirement a line",
     "submit": "submit: end the episode; the repository as it is now is graded",
 }
 

@@ -127,7 +127,9 @@ def run_suite(box: Sandbox, command: str, timeout: float, *, tests: Iterable[str
     if junit:
         options = f"-vv --tb=auto --junitxml={_JUNIT} -o junit_family=xunit1"
     named = " ".join(shlex.quote(test) for test in tests)
-    script = f"cd {TESTBED}; rm -f {_REPORT}; PYTHONPATH=/tmp {command} -p codeworld_report --continue-on-collection-errors"
+    script = (
+        f"cd {TESTBED}; rm -f {_REPORT}; PYTHONPATH=/tmp {command} -p codeworld_report --continue-on-collection-errors"
+    )
     result = box.run(f"{script} {options} {named}", timeout=timeout)
     if result.cause == "dead":
         raise SandboxDead("the sandbox died while a suite ran")

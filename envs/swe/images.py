@@ -37,7 +37,19 @@ LIMITS = Limits(memory_mb=4096, disk_mb=2048, pids=256, output_kb=1024)
 """Of a sandbox that builds."""
 RECIPE = 1
 """Part of an environment's key: another recipe builds anew."""
-_NOT_KEPT = ("testbed", "tmp", "dev", "proc", "sys", "run", "var/tmp", "var/cache", "root/.cache", "root/.config")
+_NOT_KEPT = (
+    "testbed",
+    "opt/pip",
+    "tmp",
+    "dev",
+    "proc",
+    "sys",
+    "run",
+    "var/tmp",
+    "var/cache",
+    "root/.cache",
+    "root/.config",
+)
 _CACHES = frozenset(("__pycache__", ".pytest_cache", ".eggs", ".mypy_cache", ".ruff_cache", ".hypothesis", ".git"))
 _ENV = {"VIRTUAL_ENV": VENV, "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -91,21 +103,41 @@ def environment(
     asked = list(extras) if needs is None else {"needs": list(needs)}
     key = _key(RECIPE, below, source.name, source.version, source.commit, _tree_digest(tree), asked)
     if known := store.find({"codeworld.key": key}):
-        return _remembered(store, known, tree)
+        return remembered(store, known, tree)
     with _sandbox(backend, tools, limits, tree) as box:
-        build = Build(box, WheelCache(cache / "wheels"), _interpreter(store, below))
+        build = Build(box, WheelCache(cache / "wheels"), interpreter_of(store, below))
         build.links(tree)
         report = build.install(tree, source, extras) if needs is None else build.pinned(tree, source, needs)
-        env_layer = _layer(box, _outside)
-        captured = read_layer(io.BytesIO(_layer(box, _inside)), TESTBED.lstrip("/"))
-    installed = store.extend(below, [env_layer], created_by=f"codeworld: environment of {source.name}")
-    made = {path: entry for path, entry in captured.items() if tree.get(path) != entry and _is_kept(path, tree)}
+        made = sealed(store, below, box, source, tree, report, {"codeworld.key": key}, lambda p: _is_kept(p, tree))
+    return replace(made, seconds=round(time.monotonic() - begun, 2))
+
+
+def sealed(
+    store: ImageStore,
+    below: str,
+    box: NativeSandbox,
+    source: Source,
+    tree: Tree,
+    report: Mapping[str, Any],
+    labels: Mapping[str, str],
+    keep: Callable[[str], bool],
+    env: Mapping[str, str] | None = None,
+) -> Environment:
+    """The image of what a sandbox wrote, put on the image `below`: one layer for the environment, one for the repository.
+
+    report: of `Build.report`. labels: by which the store finds it again. keep: which of the
+    files that were made or changed in the work directory belong to it. env: added to the image's environment.
+    """
+    env_layer = _layer(box, _outside)
+    captured = read_layer(io.BytesIO(_layer(box, _inside)), TESTBED.lstrip("/"))
+    installed = store.extend(below, [env_layer], env=env, created_by=f"codeworld: environment of {source.name}")
+    made = {path: entry for path, entry in captured.items() if tree.get(path) != entry and keep(path)}
     layer = tree_layer({**tree, **made}, TESTBED)
-    report |= {"installed": installed, "size": len(env_layer) + len(layer)}
-    labels = {"codeworld.key": key, "codeworld.environment": json.dumps(report, sort_keys=True)}
+    whole = {**report, "installed": installed, "size": len(env_layer) + len(layer)}
+    labels = {**labels, "codeworld.environment": json.dumps(whole, sort_keys=True)}
     what = f"codeworld: {source.name} {source.commit or source.version}"
     digest = store.extend(installed, [layer], workdir=TESTBED, labels=labels, created_by=what)
-    return replace(_remembered(store, digest, tree), seconds=round(time.monotonic() - begun, 2))
+    return remembered(store, digest, tree)
 
 
 def interpreter(
@@ -132,7 +164,7 @@ def interpreter(
         if not made.ok:
             raise Refused("base", f"{base}: no virtual environment can be made there ({last_words(made)})")
         with_pip = _layer(box, lambda path: path in ("opt", "opt/pip") or path.startswith("opt/pip/"))
-        layer = _layer(box, lambda path: _outside(path) and path != "opt/pip")
+        layer = _layer(box, _outside)
     env = {"PATH": f"{VENV}/bin:{_path(store, base)}", **_ENV}
     labels = {"codeworld.interpreter": key, "codeworld.python": found}
     below = store.extend(base, [layer], env=env, labels=labels, created_by="codeworld: interpreter")
@@ -216,11 +248,13 @@ def _is_kept(path: str, tree: Tree) -> bool:
     return path in tree or path.split("/")[0] not in ("build", "dist")
 
 
-def _interpreter(store: ImageStore, digest: str) -> Interpreter:
+def interpreter_of(store: ImageStore, digest: str) -> Interpreter:
+    """For whom an image's wheels are."""
     return Interpreter(**json.loads(store.labels(digest)["codeworld.python"]))
 
 
-def _remembered(store: ImageStore, digest: str, tree: Tree) -> Environment:
+def remembered(store: ImageStore, digest: str, tree: Tree) -> Environment:
+    """The environment that `sealed` made an image of."""
     report = json.loads(store.labels(digest)["codeworld.environment"])
     made = {path: entry for path, entry in repository(store, digest).items() if tree.get(path) != entry}
     return Environment(digest=digest, made=made, **(report | {"dropped": tuple(report["dropped"])}))

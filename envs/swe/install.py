@@ -108,9 +108,7 @@ class Build:
         else:
             self._editable(source)
         asked = {"requirements": requirements.test_requirements(tree), "extras": list(extras)}
-        answer = self.box.run(f"python -c {shlex.quote(_METADATA)}", stdin=json.dumps(asked).encode(), timeout=SECONDS)
-        if not answer.ok:
-            raise Refused("install", f"its metadata can't be read ({last_words(answer)})")
+        answer = self._do(f"python -c {shlex.quote(_METADATA)}", "install", stdin=json.dumps(asked).encode())
         needs = json.loads(answer.text().splitlines()[-1])
         self._requirements(needs["required"], [r for r in needs["optional"] if name_of(r) not in requirements.TOOLS])
         self._compile()
@@ -118,9 +116,13 @@ class Build:
             self._compile()
         if not plain and self._copies(tree):  # a dependency asked for another release of the package itself
             self._editable(source)
+        self.audit(tree)
+        return self.report(plain)
+
+    def audit(self, tree: Tree) -> None:
+        """Raises `Refused` where the environment holds a copy of the repository, from which tasks could be solved."""
         if copies := self._copies(tree):
             raise Refused("audit", f"{len(copies)} copies of its modules lie in the environment, first {copies[0]}")
-        return self._report(plain)
 
     def pinned(self, tree: Tree, source: Source, needs: Sequence[str]) -> dict[str, Any]:
         """Exactly `needs`, and the package, editable, with what it requires beside them; nothing is tried out.
@@ -142,19 +144,17 @@ class Build:
         if plain:
             self._on_path(tree)
         self._compile()
-        return self._report(plain)
+        return self.report(plain)
+
+    def report(self, plain: bool) -> dict[str, Any]:
+        """What is in the environment, as plain values."""
+        packages = json.loads(self._do(f"python -c {shlex.quote(_PACKAGES)}", "install").text())
+        return {"python": self.interpreter.version, "packages": packages, "dropped": self.dropped, "plain": plain}
 
     def _on_path(self, tree: Tree) -> None:
+        """Have the repository's modules found where they lie."""
         place = f"{TESTBED}/src" if any(path.startswith("src/") for path in tree) else TESTBED
         self._do(f"echo {place} > {VENV}/lib/python{self.interpreter.version}/site-packages/testbed.pth", "install")
-
-    def _report(self, plain: bool) -> dict[str, Any]:
-        return {
-            "python": self.interpreter.version,
-            "packages": json.loads(self._do(f"python -c {shlex.quote(_PACKAGES)}", "install").text()),
-            "dropped": self.dropped,
-            "plain": plain,
-        }
 
     def _editable(self, source: Source, options: str = "--no-deps ") -> None:
         version = source.version or "0.0.1"

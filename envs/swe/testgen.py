@@ -21,16 +21,15 @@ Source: facebookresearch/cwm `cwm/rl/envs/envs/swerl_testgen_tool.py` (the three
 from __future__ import annotations
 
 import random
-import shlex
-from collections.abc import Mapping
 from typing import Any
 
 from envs.env import Outcome
 from envs.errors import SandboxDead
-from envs.sandbox.base import Backend, Changes, FileChange, Result
-from envs.swe.decoys import raising, rewritten
+from envs.sandbox.base import Backend, Changes, FileChange, Result, Sandbox
+from envs.swe.decoys import Files, raising, rewritten
 from envs.swe.env import SWEEnv
-from envs.swe.grading import MAX_PATCH, Verdict
+from envs.swe.grading import MAX_FILE, MAX_PATCH, Verdict, apply
+from envs.swe.patches import patch_changes, pristine
 from envs.task import Task
 
 SCRIPT = "test_issue.py"
@@ -67,9 +66,9 @@ class SWETestgenEnv(SWEEnv):
         self._gold = gold
 
     def _begin(self, task: Task) -> str:
-        if self._gold and not task.grader.gold:
+        if self._gold and not (task.grader.gold or task.grader.gold_patch):
             raise ValueError(
-                f"task {task.id} names no repaired files (grader.gold), on which a script is graded; set gold=False"
+                f"task {task.id} has no repair (grader.gold, gold_patch), on which a script is graded; set gold=False"
             )
         statement = super()._begin(task)
         brief = task.budget.tokens < 4096
@@ -104,14 +103,14 @@ def _grade(
     missing = [phrase for phrase in (REPRODUCED, RESOLVED) if phrase.encode() not in change.data]
     if missing or len(change.data) > MAX_PATCH:
         return "unresolved", f"{SCRIPT} has no {missing[0]!r}" if missing else f"{SCRIPT} is too long"
-    repaired: dict[str, bytes | None] = dict.fromkeys(task.grader.gold) if gold else {}
-    repaired |= task.files(task.grader.gold) if gold else {}
+    repaired = _repaired(task, backend) if gold else {}
     result, found = _run(task, {}, change.data, backend, read=tuple(repaired))
     outcome, why = judge(result, REPRODUCED)
     if outcome != "resolved":
         return outcome, why
-    for tree, files, wanted in _trees(found, repaired, rng):
-        outcome, why = judge(_run(task, files, change.data, backend)[0], wanted)
+    for tree, files, wanted in _trees(found, {path: c.data for path, c in repaired.items()}, rng):
+        on_top = {path: FileChange(data, repaired[path].mode) for path, data in files.items()}
+        outcome, why = judge(_run(task, on_top, change.data, backend)[0], wanted)
         if outcome == "unresolved" and "rewritten" in tree:
             outcome = "invalid"
         if outcome != "resolved":
@@ -119,41 +118,45 @@ def _grade(
     return "resolved", ""
 
 
-def _trees(
-    found: Mapping[str, bytes | None], repaired: Mapping[str, bytes | None], rng: random.Random
-) -> list[tuple[str, Mapping[str, bytes | None], str]]:
+def _repaired(task: Task, backend: Backend) -> Changes:
+    """What the repair makes of the repository."""
+    if task.grader.gold or not task.grader.gold_patch:
+        return {path: FileChange(task.blob(name, path) if name else None) for path, name in task.grader.gold.items()}
+    patch = task.blob(task.grader.gold_patch, "gold_patch").decode("utf-8", "surrogateescape")
+    patched = patch_changes(task, patch, backend)
+    if patched.why:
+        raise ValueError(f"task {task.id}: its repair can't be applied ({patched.why}); remove the task")
+    return patched.changes
+
+
+def _trees(found: Files, repaired: Files, rng: random.Random) -> list[tuple[str, Files, str]]:
     """Name, files on top of the task's, and what the script must say ("": anything but `RESOLVED`)."""
-    trees = [("rewritten", rewritten(found, repaired, rng), REPRODUCED)]
-    if repaired:
-        again = rewritten(repaired, found, rng)
-        trees += [("repaired", dict(repaired), RESOLVED)]
-        trees += [("repaired and rewritten", {**repaired, **again}, RESOLVED)] if again else []
-        trees += [("repaired and raising", raising(repaired, found, rng), "")]
+    again = rewritten(repaired, found, rng)
+    trees = [
+        ("rewritten", rewritten(found, repaired, rng), REPRODUCED),
+        ("repaired", repaired, RESOLVED),
+        ("repaired and rewritten", {**repaired, **again} if again else {}, RESOLVED),
+        ("repaired and raising", raising(repaired, found, rng), ""),
+    ]
     return [tree for tree in trees if tree[1]]
 
 
 def _run(
-    task: Task, files: Mapping[str, bytes | None], script: bytes, backend: Backend, *, read: tuple[str, ...] = ()
+    task: Task, files: Changes, script: bytes, backend: Backend, *, read: tuple[str, ...] = ()
 ) -> tuple[Result, dict[str, bytes | None]]:
-    """One run of the script on the task's tree with `files` on top; and these files as they were before it ran."""
-    world = {**task.files(task.setup), **files, SCRIPT: script}
-    there = {path: data for path, data in world.items() if data is not None}
-    sandbox = backend.create(base=task.base, workdir=task.workdir, files=there, limits=task.limits)
-    try:
+    """One run of the script on the task's tree with `files` on top; and what `read` was before it ran."""
+    with pristine(task, backend) as sandbox:
         found = {path: _read(sandbox, f"{task.workdir}/{path}") for path in read}
-        gone = shlex.join(path for path, data in world.items() if data is None)
-        command = f"rm -f -- {gone} && python3 {SCRIPT}" if gone else f"python3 {SCRIPT}"
-        result = sandbox.run(command, timeout=SECONDS)
-    finally:
-        sandbox.close()
+        apply(sandbox, task.workdir, {**files, SCRIPT: FileChange(script)})
+        result = sandbox.run(f"python3 {SCRIPT}", timeout=SECONDS)
     if result.cause == "dead":
         raise SandboxDead(f"the grading sandbox of {task.id} died")
     return result, found
 
 
-def _read(sandbox: Any, path: str) -> bytes | None:
+def _read(sandbox: Sandbox, path: str) -> bytes | None:
     try:
-        return bytes(sandbox.read(path))
+        return sandbox.read(path, limit=MAX_FILE)
     except OSError:
         return None
 

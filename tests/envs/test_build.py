@@ -152,7 +152,18 @@ def test_a_second_run_decides_nothing_again(built, shop):
 
 
 def test_a_killed_build_goes_on(built, shop, tmp_path):
-    command = [sys.executable, "-m", "envs", "build", "--from", str(shop), "--tasks", "mutate:2", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "envs",
+        "build",
+        "--from",
+        str(shop),
+        "--tasks",
+        "mutate:2",
+        "--out",
+        str(tmp_path),
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 120
     while not (tmp_path / "ledger.jsonl").exists() and time.monotonic() < deadline:
@@ -169,7 +180,9 @@ def test_a_killed_build_goes_on(built, shop, tmp_path):
 def test_a_fix_in_history_becomes_a_task(offline, shop, tmp_path, native, capsys):
     assert main(["build", "--from", str(shop), "--tasks", "history:5", "--out", str(tmp_path)]) == 0
     (task,) = load_tasks(tmp_path)
-    assert task.prompt.startswith("Discounts above 100 percent gave negative totals") and "Signed-off" not in task.prompt
+    assert (
+        task.prompt.startswith("Discounts above 100 percent gave negative totals") and "Signed-off" not in task.prompt
+    )
     assert task.grader.fail_to_pass == ("test_shop.py::test_all_of_it",)
     assert "1 tasks of 1 sources" in capsys.readouterr().out
     with native.create(base=task.base, workdir=task.workdir) as box:

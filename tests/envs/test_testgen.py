@@ -4,6 +4,7 @@ apart."""
 import ast
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from agents.episode import run_episode
 from envs.sandbox.base import FileChange, Result
 from envs.swe import testgen
 from envs.swe.decoys import raising, rewritten
+from envs.swe.patches import to_patch
 from envs.swe.testgen import BRIEF, SWETestgenEnv, grade_script, judge
 from envs.task import Grader, Task, sha256
 from envs.tiny import repairs
@@ -163,6 +165,37 @@ def test_an_episode_in_docker():
         backend.close()
 
 
+def test_a_repair_that_is_a_patch(native):
+    path, gold = P["module"], TASK.files(TASK.grader.gold)[P["module"]]
+    patch = to_patch({path: FileChange(TASK.files(TASK.setup)[path])}, {path: FileChange(gold)}).encode()
+    for data, fits in ((patch, True), (patch.replace(b"\n-", b"\n-never "), False)):
+        grader = replace(TASK.grader, gold={}, gold_patch=sha256(data))
+        task = replace(TASK, grader=grader, blobs={**TASK.blobs, sha256(data): data})
+        if fits:
+            assert grade_script(task, changes(HONEST), native).outcome == "resolved"
+            assert grade_script(task, changes(CHEATS["a line of the repair"][0]), native).outcome == "invalid"
+        else:
+            with pytest.raises(ValueError, match="its repair can't be applied"):
+                grade_script(task, changes(HONEST), native)
+
+
+@pytest.mark.docker
+def test_a_repository_in_an_image(native, tmp_path):
+    """Its files are read from the image: the task names only those of the repair."""
+    from envs.sandbox.archives import offer
+    from envs.sandbox.capture import Entry, tree_layer
+    from envs.sandbox.imagestore import ImageStore
+
+    store = ImageStore(tmp_path)
+    tree = {path: Entry(data) for path, data in TASK.files(TASK.setup).items()}
+    digest = store.extend(store.add_base("codeworld-base"), [tree_layer(tree, "testbed")], workdir="/testbed")
+    offer(tmp_path)
+    task = replace(TASK, base=digest, workdir="/testbed", setup={})
+    for script, outcome in ((HONEST, "resolved"), (CHEATS["a line of the repair"][0], "invalid")):
+        verdict = grade_script(task, changes(script), native)
+        assert verdict.outcome == outcome, verdict.why
+
+
 def test_forks_are_of_the_same_kind_and_statements_fit(native):
     env = envs.make("codeworld/SWE-testgen-v0", backend=native)
     statement, _ = env.reset(seed=3, options={"split": "train"})
@@ -175,7 +208,7 @@ def test_forks_are_of_the_same_kind_and_statements_fit(native):
 
 def test_a_task_without_repaired_files_is_refused_unless_told(native):
     task = Task(id="bare", prompt="Repair it.")
-    with pytest.raises(ValueError, match="task bare names no repaired files.*gold=False"):
+    with pytest.raises(ValueError, match="task bare has no repair.*gold=False"):
         SWETestgenEnv(backend=native).reset(options={"task": task})
     env = SWETestgenEnv(backend=native, gold=False)
     statement, _ = env.reset(options={"task": task})
