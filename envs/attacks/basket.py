@@ -6,7 +6,9 @@ needs the right solution to be resolved: a grader that resolves nothing contains
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from envs.attacks.stage import QUICK, Breach, Stage, check
@@ -166,12 +168,13 @@ def refuse(stage: Stage, patches: Mapping[str, Changes], *outcomes: str, seconds
     outcomes = outcomes or ("unresolved", "invalid")
     task, said = repository(), []
     task = replace(task, grader=replace(task.grader, seconds=seconds))
-    for name, patch in patches.items():
-        verdict = stage.grade(task, patch, stage.backend)
-        paid = max(REWARDS["binary"](verdict), REWARDS["cwm"](verdict))
-        check(paid <= 0, f"{name}: {verdict.outcome}, reward {paid:g}")
-        check(verdict.outcome in outcomes, f"{name}: {verdict.outcome} ({verdict.why})")
-        said.append(f"{name}: {verdict.outcome}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = pool.map(lambda patch: stage.grade(task, patch, stage.backend), patches.values())
+        for name, verdict in zip(patches, verdicts, strict=True):
+            paid = max(REWARDS["binary"](verdict), REWARDS["cwm"](verdict))
+            check(paid <= 0, f"{name}: {verdict.outcome}, reward {paid:g}")
+            check(verdict.outcome in outcomes, f"{name}: {verdict.outcome} ({verdict.why})")
+            said.append(f"{name}: {verdict.outcome}")
     return "; ".join(said)
 
 

@@ -2,7 +2,8 @@
 
 One episode: `reset` starts a sandbox with the task's files; each `step` is one tool call; the episode ends by `submit`, by
 a limit of the task's budget, or by too many malformed actions. Whatever ended it, what is graded is the repository's
-changes, in a fresh sandbox (`envs/swe/grading.py`). Reward only at the end.
+changes, in a fresh sandbox (`envs/swe/grading.py`). Reward only at the end. What the agent reads is the statement and what
+its tools say; the last observation is empty, and why a verdict fell is in `info`, which is the trainer's.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ _TRANSPARENT = frozenset(
 )  # fmt: skip
 """Context managers that let an AssertionError pass."""
 _DECORATORS = re.compile(
-    r"(pytest\.)?mark\.|(unittest\.)?(mock\.)?patch\b|(unittest\.)?skip|staticmethod$|pytest_asyncio"
+    r"(pytest\.)?mark\.|(unittest\.)?(mock\.)?patch\b|(unittest\.)?skip|staticmethod$|pytest_asyncio|(freezegun\.)?freeze_time\b"
 )
 _NAMED = re.compile(rb"__name__|__module__|__qualname__|getsource|pickle|snapshot|regression|datadir")
 """What a test mentions that may depend on the name of its file."""
@@ -82,25 +82,26 @@ def twins(
     """
     chosen = sorted({base_id(test) for test in tests})
     rng.shuffle(chosen)
-    trees: dict[str, ast.Module | None] = {}
+    trees = {path: _tree(data) for path, data in sources.items()}
     edits: dict[str, dict[str, Edit]] = {}
+    copied: dict[str, list[str]] = {}
     for test in chosen:
         path = test.partition("::")[0]
-        if test in without or path not in sources or sum(map(len, edits.values())) == most:
+        data, tree = sources.get(path, b""), trees.get(path)
+        found = _function(data, tree, test) if tree and test not in without else None
+        if found is None or sum(map(len, edits.values())) == most:
             continue
-        if path not in trees:
-            trees[path] = _tree(sources[path])
-        tree = trees[path]
-        edit = _alter(sources[path], tree, test, rng) if tree else None
-        if edit:
+        if controls and sum(map(len, copied.values())) < most:
+            copied.setdefault(path, []).append(test)
+        if edit := _alter(data, *found, rng):
             edits.setdefault(path, {})[test] = edit
     made = Twins({}, {}, {})
     for path, of in edits.items():
         altered = _splice(sources[path], of.values())
         if _tree(altered):
             _add(made.files, made.sentinels, path, altered, of, rng)
-            if controls:
-                _add(made.files, made.controls, path, sources[path], of, rng)
+    for path, tests_of in copied.items():
+        _add(made.files, made.controls, path, sources[path], tests_of, rng)
     if not made.sentinels and chosen:
         _add(made.files, made.sentinels, chosen[0].partition("::")[0], b"", chosen[:1], rng)
     return made
@@ -126,22 +127,32 @@ def _tree(data: bytes) -> ast.Module | None:
         return None
 
 
-def _alter(data: bytes, tree: ast.Module, test: str, rng: random.Random) -> Edit | None:
-    """The edit that makes `test` fail; None where no trusted one is known."""
+def _function(data: bytes, tree: ast.Module, test: str) -> tuple[Function, list[ast.expr]] | None:
+    """A test's function and all decorators on it and its classes; None where a copy in another file behaves otherwise."""
     path, *names = test.split("::")
     if re.search(rb"[\"'./]%s\b" % re.escape(PurePosixPath(path).stem).encode(), data):
         return None  # it names itself
     found: Any = tree
+    decorators: list[ast.expr] = []
     for name in names:
         inside = [n for n in found.body if isinstance(n, ast.ClassDef | Function) and n.name == name]
-        if not inside or not all(_DECORATORS.match(ast.unparse(d)) for d in inside[-1].decorator_list):
+        if not inside:
             return None
         found = inside[-1]
-    if not isinstance(found, Function) or any(isinstance(n, ast.Yield | ast.YieldFrom) for n in ast.walk(found)):
+        decorators += found.decorator_list
+    offsets = _Offsets(data)
+    if not isinstance(found, Function) or _NAMED.search(data[offsets.start(found) : offsets.end(found)]):
+        return None
+    return found, decorators
+
+
+def _alter(data: bytes, found: Function, decorators: Sequence[ast.expr], rng: random.Random) -> Edit | None:
+    """The edit that makes a test fail; None where no trusted one is known."""
+    if not all(_DECORATORS.match(ast.unparse(d)) for d in decorators):
+        return None
+    if any(isinstance(n, ast.Yield | ast.YieldFrom) for n in ast.walk(found)):
         return None
     offsets = _Offsets(data)
-    if _NAMED.search(data[offsets.start(found) : offsets.end(found)]):
-        return None
     anchors = list(_anchors(found.body))
     if anchors:
         node, text = rng.choice(anchors)

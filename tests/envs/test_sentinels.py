@@ -265,7 +265,11 @@ WORDS = {
 def test_what_becomes_of_each_test(tmp_path):
     write(
         tmp_path,
-        {"t/test_o.py": OUTCOMES, "t/test_broken.py": "import none\n", "setup.cfg": "[tool:pytest]\naddopts = -x\n"},
+        {
+            "t/test_o.py": OUTCOMES,
+            "t/test_broken.py": "import none\n",
+            "setup.cfg": "[tool:pytest]\naddopts = -x --lf --strict-config --strict-markers\n",
+        },
     )
     status, found, _ = run(tmp_path, ["t/test_o.py", "t/test_broken.py"])
     said = {record["id"]: record["outcome"] for record in found if "id" in record}
