@@ -168,7 +168,8 @@ def test_every_form_fails_and_every_control_passes(tmp_path):
     path = "tests/test_forms.py"
     tests = list(collected(ast.parse(FORMS), path))
     made = twins({path: FORMS.encode()}, tests, random.Random(0), most=100)
-    assert set(made.sentinels.values()) == set(tests) - {f"{path}::test_pass"} == set(made.controls.values())
+    assert set(made.sentinels.values()) == set(tests) - {f"{path}::test_pass"}
+    assert set(made.controls.values()) == set(tests)
     write(tmp_path, {path: FORMS, **made.files})
     status, found, text = run(tmp_path, [path, *made.sentinels, *made.controls])
     said = {record["id"]: record["outcome"] for record in found if "id" in record}
@@ -190,24 +191,26 @@ def test_it_is_another_draw_each_time():
 
 
 @pytest.mark.parametrize(
-    "source",
+    ("source", "copied"),
     [
-        "from x import retry\n@retry(3)\ndef test_a():\n    assert 1 == 1\n",  # it may swallow
-        "def test_a():\n    yield\n",
-        "class A(Base):\n    pass\n",  # inherited
-        "import pickle\ndef test_a():\n    pickle.dumps(A)\n",  # by the module's name
-        "NAME = 'test_x'\ndef test_a():\n    assert NAME\n",
-        "def test_a(): pass\n",
-        "def test_a(:\n",
-        "def test_a():\r    assert 1\n",
-        b"# coding: latin-1\n# \xe9\ndef test_a():\n    assert 1\n",
+        ("from x import retry\n@retry(3)\ndef test_a():\n    assert 1 == 1\n", True),  # it may swallow
+        ("def test_a():\n    yield\n", True),
+        ("def test_a(): pass\n", True),
+        ("class A(Base):\n    pass\n", False),  # inherited
+        ("import pickle\ndef test_a():\n    pickle.dumps(A)\n", False),  # by the module's name
+        ("NAME = 'test_x'\ndef test_a():\n    assert NAME\n", False),
+        ("def test_a(:\n", False),
+        ("def test_a():\r    assert 1\n", False),
+        (b"# coding: latin-1\n# \xe9\ndef test_a():\n    assert 1\n", False),
     ],
 )
-def test_what_is_not_trusted_has_the_simplest_sentinel(source):
+def test_what_is_not_trusted_has_the_simplest_sentinel(source, copied):
     data = source if isinstance(source, bytes) else source.encode()
     made = twins({"tests/test_x.py": data}, ["tests/test_x.py::test_a"], random.Random(0))
-    ((name, text),) = made.files.items()
-    assert not made.controls and list(made.sentinels.values()) == ["tests/test_x.py::test_a"]
+    assert list(made.sentinels.values()) == ["tests/test_x.py::test_a"]
+    assert list(made.controls.values()) == ["tests/test_x.py::test_a"] * copied
+    assert (data in made.files.values()) == copied
+    ((name, text),) = ((name, text) for name, text in made.files.items() if text != data)
     assert name.startswith("tests/test_") and text.count(b"\n") == 2 and b"assert []" in text
 
 
