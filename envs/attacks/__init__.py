@@ -15,16 +15,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from envs.attacks import grading, isolation, leakage, protocol, resources, tools
-from envs.attacks.stage import Breach, Case, Grade, NotRun, Outcome, Stage
+from envs.attacks import grading, incidents, isolation, leakage, protocol, resources, tools
+from envs.attacks.stage import Breach, Case, NotRun, Outcome, Stage
 from envs.errors import InfraError, Unsupported, nearest
 from envs.sandbox.base import Backend
-from envs.swe.grading import grade
+from envs.swe.grading import Grade, grade
 
 GROUPS: dict[str, list[Case]] = {
     "isolation": isolation.CASES,
     "resources": resources.CASES,
-    "grading": grading.CASES,
+    "grading": grading.CASES + incidents.CASES,
     "leakage": leakage.CASES,
     "tools": tools.CASES + protocol.CASES,
 }

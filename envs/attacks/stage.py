@@ -21,13 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from envs.errors import CodeworldError
-from envs.sandbox.base import Backend, Changes, FileChange, Limits, Result, Sandbox
-from envs.swe import grading
-from envs.swe.grading import grade
-from envs.task import Task
+from envs.sandbox.base import Backend, FileChange, Limits, Result, Sandbox
+from envs.swe.grading import Grade, grade
 
-Grade = Callable[[Task, Changes, Backend], grading.Verdict]
-"""How an attempt at a task is judged."""
 Verdict = Literal["contained", "breached", "not run"]
 QUICK = 30.0
 """Seconds that a command of an attack gets where its length is not the point (a loaded host is slow, not broken)."""
@@ -135,12 +131,11 @@ say("processes", any(look(pid) for pid in os.listdir("/proc") if pid.isdigit()))
 
 
 class Stage:
-    """One backend, and one grader on it, under attack. Everything that a case made is closed after it but the two shared
-    sandboxes. `honest`: the grader was seen to resolve a right solution."""
+    """One backend, and a grader, under attack. What a case made is closed after it, but for the two shared sandboxes."""
 
     def __init__(self, backend: Backend, grade: Grade = grade) -> None:
         self.backend, self.grade = backend, grade
-        self.honest = False
+        self.honest = False  # the grader was not yet seen to resolve a right solution
         self._shared: dict[str, Sandbox] = {}
         self._undo: list[Callable[[], object]] = []
 

@@ -183,14 +183,14 @@ def _docker_image(lease: Lease, name: str) -> Base:
     """A local image, as the engine has it when it is first asked for, else one of a registry; layers are fetched only
     where one is missing."""
     import docker
-    from envs.sandbox.registry import Registry, is_remote
+    from envs.sandbox.registry import is_remote
 
     what = f"base={name!r}"
     try:
         client = docker.from_env()
     except docker.errors.DockerException as error:
         if is_remote(name):
-            return _image(Registry(name, what), what, lease)
+            return _pulled(name, what, lease)
         cause = " ".join(str(error).split())[:200]
         raise Unsupported(
             f"{what}: no Docker engine answers ({cause}); start dockerd, or give an archive made by `docker save`"
@@ -200,7 +200,7 @@ def _docker_image(lease: Lease, name: str) -> Base:
             found = client.images.get(name)
         except docker.errors.ImageNotFound:
             if is_remote(name):
-                return _image(Registry(name, what), what, lease)
+                return _pulled(name, what, lease)
             full = f"docker.io/{name}" if "/" in name else f"docker.io/library/{name}"
             raise Unsupported(
                 f"{what}: no such image here and no such file; docker pull {name}, name it with its registry ({full}), or"
@@ -221,6 +221,13 @@ def _docker_image(lease: Lease, name: str) -> Base:
         return _checked(names, image_env(found.attrs["Config"]), what, lease)
     finally:
         client.close()
+
+
+def _pulled(name: str, what: str, lease: Lease) -> Base:
+    from envs.sandbox.registry import Registry
+
+    with full_disk(what), Registry(name, what) as store:
+        return _image(store, what, lease)
 
 
 def layer_names(image: Any) -> tuple[str, ...]:

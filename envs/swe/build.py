@@ -178,8 +178,8 @@ class _Builder:
         try:
             source = sources.fetch(name, self.cache)
             env = images.environment(self.store, self.base, source, self.backend, cache=self.cache)
-            below = images.interpreter(self.store, self.base, self.backend, cache=self.cache)
-            self.environments |= {env.digest, env.installed, *below}
+            self.environments |= {env.digest, env.installed}
+            self.environments |= set(images.interpreter(self.store, self.base, self.backend, cache=self.cache))
             found = discovery.discover(self.backend, env.digest)
         except (Refused, InfraError) as error:
             return str(error)

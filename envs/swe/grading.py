@@ -20,7 +20,7 @@ import random
 import re
 import secrets
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from importlib import resources
@@ -30,7 +30,7 @@ from envs.env import Outcome
 from envs.errors import InfraError, SandboxDead
 from envs.sandbox.base import Backend, Changes, FileChange, Result, Sandbox
 from envs.swe import reporter
-from envs.swe.sentinels import Twins, base_id, twins
+from envs.swe.sentinels import Twins, base_id, parameters, twins
 from envs.swe.similarity import diffs, patch_similarity
 from envs.task import Task
 
@@ -96,6 +96,10 @@ class Verdict:
     put them into the task's `quality["untwinned"]`."""
     log: str = ""
     """What the test run printed, for people; never shown to the agent."""
+
+
+Grade = Callable[[Task, Changes, Backend], Verdict]
+"""How an attempt at a task is judged."""
 
 
 def keep(
@@ -343,14 +347,17 @@ def judge(
 
 
 def _contradictions(found: Mapping[str, str], ids: Mapping[str, str], how: Collection[str]) -> list[str]:
-    """Tests that pass and whose copy (of the same parameters) ended in one of these ways."""
-    pairs = ((ids[base_id(test)], test, outcome) for test, outcome in found.items() if base_id(test) in ids)
-    wrong = (
-        base
-        for base, test, outcome in pairs
-        if outcome in how and found.get(base + test[len(base_id(test)) :]) == "pass"
-    )
-    return sorted(set(wrong))
+    """Tests that pass and whose copy ended in one of these ways: the copy of the same parameters, or the one for all."""
+    passing: dict[str, set[str]] = {}
+    for test, outcome in found.items():
+        if outcome == "pass":
+            passing.setdefault(base_id(test), set()).add(parameters(test))
+    wrong: set[str] = set()
+    for copy, outcome in found.items():
+        original = ids.get(base_id(copy), "")
+        if original in passing and outcome in how and parameters(copy) in ("", *passing[original]):
+            wrong.add(original)
+    return sorted(wrong)
 
 
 def _silent(found: Mapping[str, str], copies: Twins) -> list[str]:

@@ -108,7 +108,9 @@ class Build:
         else:
             self._editable(source)
         asked = {"requirements": requirements.test_requirements(tree), "extras": list(extras)}
-        answer = self._do(f"python -c {shlex.quote(_METADATA)}", "install", stdin=json.dumps(asked).encode())
+        answer = self.box.run(f"python -c {shlex.quote(_METADATA)}", stdin=json.dumps(asked).encode(), timeout=SECONDS)
+        if not answer.ok:
+            raise Refused("install", f"its metadata can't be read ({last_words(answer)})")
         needs = json.loads(answer.text().splitlines()[-1])
         self._requirements(needs["required"], [r for r in needs["optional"] if name_of(r) not in requirements.TOOLS])
         self._compile()
@@ -130,6 +132,8 @@ class Build:
             self._pip(" ".join(map(shlex.quote, needs)), "install")
         plain = not requirements.build_system(tree)
         if not plain:
+            with contextlib.suppress(ValueError):  # what is missing is asked for one by one
+                self._give(requirements.build_requirements(tree))
             try:
                 self._editable(source, "")
             except Refused as error:
@@ -140,14 +144,17 @@ class Build:
         self._compile()
         return self._report(plain)
 
-    def _report(self, plain: bool) -> dict[str, Any]:
-        packages = json.loads(self._do(f"python -c {shlex.quote(_PACKAGES)}", "install").text())
-        return {"python": self.interpreter.version, "packages": packages, "dropped": self.dropped, "plain": plain}
-
     def _on_path(self, tree: Tree) -> None:
-        """Have the repository's modules found where they lie."""
         place = f"{TESTBED}/src" if any(path.startswith("src/") for path in tree) else TESTBED
         self._do(f"echo {place} > {VENV}/lib/python{self.interpreter.version}/site-packages/testbed.pth", "install")
+
+    def _report(self, plain: bool) -> dict[str, Any]:
+        return {
+            "python": self.interpreter.version,
+            "packages": json.loads(self._do(f"python -c {shlex.quote(_PACKAGES)}", "install").text()),
+            "dropped": self.dropped,
+            "plain": plain,
+        }
 
     def _editable(self, source: Source, options: str = "--no-deps ") -> None:
         version = source.version or "0.0.1"

@@ -259,7 +259,7 @@ def patch_changes(task: Task, patch: str, backend: Backend) -> Patched:
     named = set(paths(patch))
     if not named:
         return Patched(why="the patch names no file")
-    if bad := next((p for p in named if _unsafe(p)), None):
+    if bad := next((p for p in named if unsafe(p)), None):
         return Patched(why=f"the patch touches {bad!r}, outside the repository or in .git")
     why = ""
     for command in APPLY:
@@ -275,7 +275,8 @@ def patch_changes(task: Task, patch: str, backend: Backend) -> Patched:
     return Patched(why="the patch does not apply: " + why)
 
 
-def _unsafe(path: str) -> bool:
+def unsafe(path: str) -> bool:
+    """Whether a path of a patch leads out of the repository, or into git's own files."""
     pure = PurePosixPath(path)
     return pure.is_absolute() or ".." in pure.parts or ".git" in pure.parts or "\0" in path
 

@@ -64,12 +64,14 @@ class Place:
         return uses.inside - uses.outside
 
     def span(self, node: cst.CSTNode) -> tuple[int, int]:
-        """Where a node starts and stops, its own parentheses included."""
+        """Where a node starts and stops, its own parentheses and decorators included."""
         own = self._spans[node]
         start, stop = own.start, own.start + own.length
         if isinstance(node, cst.BaseExpression) and node.lpar:
             last = self._spans[node.rpar[-1]]
             start, stop = self._spans[node.lpar[0]].start, last.start + last.length
+        elif isinstance(node, cst.FunctionDef | cst.ClassDef) and node.decorators:
+            start = self._spans[node.decorators[0]].start
         return start, stop
 
     def text(self, node: cst.CSTNode) -> bytes:

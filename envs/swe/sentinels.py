@@ -61,6 +61,11 @@ def base_id(test: str) -> str:
     return test.partition("[")[0]
 
 
+def parameters(test: str) -> str:
+    """What `base_id` leaves out: "[…]", or "" for a test without."""
+    return test[len(base_id(test)) :]
+
+
 def twins(
     sources: Mapping[str, bytes],
     tests: Iterable[str],
@@ -77,14 +82,18 @@ def twins(
     """
     chosen = sorted({base_id(test) for test in tests})
     rng.shuffle(chosen)
-    trees = {path: (data, _tree(data)) for path, data in sources.items()}
+    trees: dict[str, ast.Module | None] = {}
     edits: dict[str, dict[str, Edit]] = {}
     for test in chosen:
-        data, tree = trees.get(test.partition("::")[0], (b"", None))
-        room = test not in without and sum(map(len, edits.values())) < most
-        edit = _alter(data, tree, test, rng) if tree and room else None
+        path = test.partition("::")[0]
+        if test in without or path not in sources or sum(map(len, edits.values())) == most:
+            continue
+        if path not in trees:
+            trees[path] = _tree(sources[path])
+        tree = trees[path]
+        edit = _alter(sources[path], tree, test, rng) if tree else None
         if edit:
-            edits.setdefault(test.partition("::")[0], {})[test] = edit
+            edits.setdefault(path, {})[test] = edit
     made = Twins({}, {}, {})
     for path, of in edits.items():
         altered = _splice(sources[path], of.values())

@@ -76,7 +76,12 @@ def words(test: str) -> str:
 
 
 def _report(failure: Failure, candidate: Candidate | None, failed: Sequence[Failure]) -> str:
-    lines = [f"**{words(failure.test).capitalize()}**"]
+    title = words(failure.test)
+    title = title[:1].upper() + title[1:]
+    group = failure.test.split("::")[1:-1]
+    if group and re.search(r"\bself\.", failure.code):  # what `self` holds is told by its class alone
+        title += f" ({group[-1]})"
+    lines = [f"**{title}**"]
     if failure.code:
         lines += ["", _fence(_cut(stable(failure.code), MAX_CODE), "python")]
     if failure.arguments:
@@ -123,6 +128,8 @@ def stable(text: str) -> str:
 
 def _sides(failure: Failure) -> tuple[str, str] | None:
     """Expected and actual value of a failed equality, where code and message show both."""
+    if not failure.code:
+        return None
     try:
         last = parse(failure.code).body[-1]
         for line in failure.message.splitlines():

@@ -56,6 +56,8 @@ class Repository:
     """(version of the repository, Python that the benchmark runs it on from there), ascending."""
     needs: tuple[str, ...] = ()
     """What its tests need beside what it declares, as requirements."""
+    runner: tuple[str, ...] = ()
+    """Files of the repository that run its tests: not an attempt's to change, unless gold does."""
 
 
 REPOSITORIES = {
@@ -64,6 +66,7 @@ REPOSITORIES = {
         "django",
         "./tests/runtests.py --verbosity 2 --settings=test_sqlite --parallel 1",
         (("0", "3.5"), ("3.0", "3.6"), ("4.0", "3.8"), ("4.1", "3.9"), ("5.0", "3.11")),
+        runner=("tests/runtests.py",),
     ),
     "matplotlib/matplotlib": Repository(
         "matplotlib", python=(("0", "3.5"), ("3.0", "3.7"), ("3.1", "3.8"), ("3.5", "3.11"))
@@ -107,6 +110,7 @@ REPOSITORIES = {
         "sympy",
         "PYTHONWARNINGS='ignore::UserWarning,ignore::SyntaxWarning' bin/test -C --verbose",
         needs=("mpmath==1.3.0",),
+        runner=("bin/test", "sympy/testing/runtests.py", "sympy/utilities/runtests.py"),
     ),
 }
 """Facts of the benchmark, for rows that don't carry their own script. Source: SWE-bench 4.1.0, `harness/constants/python.py`
@@ -152,6 +156,8 @@ def task_of(row: Mapping[str, Any], where: str) -> Task:
             known = ", ".join(REPOSITORIES)
             raise ValueError(f"{where}: unknown repository {repo!r}; a classic row is of {known}")
         script, parser = evaluation(repo, test_patch, where), REPOSITORIES[repo].parser
+    gold = str(row["patch"])
+    runner = REPOSITORIES[repo].runner if repo in REPOSITORIES else ()
     return log_task(
         row,
         where,
@@ -159,10 +165,10 @@ def task_of(row: Mapping[str, Any], where: str) -> Task:
         base=str(row.get("image") or ""),
         script=script,
         parser=parser,
-        gold=str(row["patch"]),
+        gold=gold,
         fail=fail,
         keeps=keeps,
-        protected=patches.globs(test_patch),
+        protected=[*patches.globs(test_patch or script), *(path for path in runner if path not in patches.paths(gold))],
         provenance={
             "source": "swe_bench",
             "repo": repo,
@@ -187,6 +193,8 @@ def log_task(
     """A task whose script's log is graded; `fields` are those of `Task` and, by `hidden` and `protected`, of its grader."""
     if not fail:
         raise ValueError(f"{where} ({name}): no fail-to-pass test, so nothing tells a solution from none")
+    if bad := next((path for path in patches.paths(gold) if patches.unsafe(path)), None):
+        raise ValueError(f"{where} ({name}): its patch touches {bad!r}, outside the repository or in .git")
     hidden: dict[str, bytes] = fields.pop("hidden", {})
     blobs = {sha256(data): data for data in (script.encode(), gold.encode(), *hidden.values())}
     grader = Grader(

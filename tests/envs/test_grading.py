@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from envs.attacks import grading as attacks
+from envs.attacks import basket as attacks
 from envs.errors import InfraError
 from envs.sandbox.base import FileChange, Result
 from envs.swe.cheats import cheats, prepended

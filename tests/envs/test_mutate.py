@@ -28,6 +28,7 @@ BY_HAND = {
     "body_removed": [
         ('def f(x):\n    """Doc."""\n    y = x\n    return y\n', ["raise NotImplementedError", "return None"]),
         ("def f(x):\n    x.go()\n", ["raise NotImplementedError", "pass"]),
+        ("def f(x):\n    @wraps(x)\n    def g():\n        return x.y\n    return g\n", ["raise NotImplementedError", "return None", "raise NotImplementedError", "return None"]),
         ("def f(x):\n    for y in x:\n        yield y\n", ["raise NotImplementedError", "yield from ()"]),
     ],
     "part_removed": [

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from envs.sandbox.capture import Entry, tree_layer
 from envs.sandbox.imagestore import ImageStore
 from envs.swe import log_grading, peer, rows, swe_bench
 from envs.swe.log_parsers import END, START
+from envs.task import sha256
 from tests.envs.images import docker_archive, system, tar
 
 GOLD = "--- a/add.sh\n+++ b/add.sh\n@@ -1 +1 @@\n-echo $(($1 - $2))\n+echo $(($1 + $2))\n"
@@ -120,6 +122,22 @@ def test_the_same_grader_on_the_same_logs():
     }
     assert peer.regrade(task, logs, sys.executable) == "same"
     assert peer.regrade(task, {**logs, 0: (logs[0][0], False)}, sys.executable) == "differs"
+
+
+@pytest.mark.docker
+def test_docker_grades_the_same():
+    from envs.sandbox.docker import DockerBackend
+
+    backend = DockerBackend()
+    try:
+        made = {path.partition("/")[2]: data for path, data in FILES.items()}
+        task = swe_bench.task_of({**ROW, "image": "codeworld-base"}, "row 1")
+        blobs = {**task.blobs, **{sha256(data): data for data in made.values()}}
+        task = replace(task, setup={path: sha256(data) for path, data in made.items()}, blobs=blobs)
+        assert log_grading.grade_patch(task, GOLD, backend).outcome == "resolved"
+        assert log_grading.grade_patch(task, peer.NOTHING, backend).outcome == "unresolved"
+    finally:
+        backend.close()
 
 
 @pytest.mark.docker

@@ -110,10 +110,17 @@ def test_statements_say_what_was_called_expected_and_got(failed):
     assert "**Half of whole**" in text and "with `x = 3, want = 2`" in text
     assert "Expected: `2`\nActual: `1.5`" in text
     assert "Expected: `3`\nActual: `2.5`" in statement("shop", [failed["HalfTest::testOdd"]])
+    assert "**Odd (HalfTest)**" in statement("shop", [failed["HalfTest::testOdd"]])
     refused = statement("shop", [failed["test_half_refuses"]])
     assert "`ValueError` is expected here, but nothing is raised." in refused
     assert "It fails with\n\n```\nassert 3.5 != 3.5" in statement("shop", [failed["TestChild::test_inherited"]])
     assert "It raises `TypeError`:" in statement("shop", [failed["TestTotal::test_of_some"]])
+    assert "It fails with\n\n```\nassert 1 == 2\n```" in statement(
+        "shop", [Failure(test="t.py::test", message="assert 1 == 2")]
+    )
+    own = Failure(test="t.py::SmallCacheTest::test_len", code="assert self.make() == 1", message="assert 2 == 1")
+    assert "**Len (SmallCacheTest)**" in statement("shop", [own])
+    assert "The check does not hold." in statement("shop", [Failure(test="t.py::test", code="# none")])
     with pytest.raises(ValueError, match="needs a failed test"):
         statement("shop", [])
 

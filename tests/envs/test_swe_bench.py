@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -301,7 +302,7 @@ def test_classic_rows_get_a_script_of_ours():
     script = made.blob(made.grader.script, "script").decode()
     assert "--parallel 1 test_calc\n" in script and made.grader.parser == "django" and made.base == ""
     assert script.index("git apply") < script.index(START) < script.index(END)
-    assert made.grader.protected == ("tests/test_calc.py",) and made.grader.fail_to_pass == (F2P,)
+    assert made.grader.protected == ("tests/test_calc.py", "tests/runtests.py") and made.grader.fail_to_pass == (F2P,)
     assert [swe_bench.python_of("django/django", v) for v in ("1.11", "3.2", "4.0", "4.2", "5.0")] == [
         "3.5",
         "3.6",
@@ -318,6 +319,7 @@ REFUSED = {
     "no fail-to-pass": ({"FAIL_TO_PASS": []}, "no fail-to-pass test"),
     "unknown parser": ({"log_parser": "parse_log_jest"}, "unknown log parser 'parse_log_jest'"),
     "fail only": ({"eval_type": "fail_only"}, "only pass_and_fail"),
+    "a patch that leaves the repository": ({"patch": GOLD.replace("calc.py", "../calc.py")}, "outside the repository"),
     "no markers": ({"eval_script": "pytest"}, "prints no markers"),
 }
 
@@ -368,6 +370,25 @@ def test_a_file_that_can_not_be_read_is_one_line(tmp_path, name, text, why):
     with pytest.raises(ValueError, match=why) as caught:
         load_rows(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("module", "source"), [("pyarrow", "x.parquet"), ("datasets", "owner/name:test")])
+def test_what_is_not_installed_is_named_with_its_remedy(monkeypatch, module, source):
+    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=f"needs {module}; pip install {module}"):
+        load_rows(source, report=lambda _: None)
+
+
+def test_runner_scripts_are_not_an_attempts_to_change():
+    names = ("instance_id", "base_commit", "test_patch", "problem_statement", "FAIL_TO_PASS", "PASS_TO_PASS")
+    classic = {name: row()[name] for name in names} | {"repo": "sympy/sympy", "version": "1.12", "patch": GOLD}
+    mine = {**changed("bin/test", b"print('test_add ok')"), **RIGHT}
+    kept, dropped = log_grading.kept_of(swe_bench.task_of(classic, "row"), mine, {"calc.py"})
+    assert set(kept) == {"calc.py"} and dropped == ["bin/test"]
+    classic["patch"] = GOLD.replace("calc.py", "bin/test")
+    assert not log_grading.kept_of(swe_bench.task_of(classic, "row"), mine, {"bin/test"})[1]
 
 
 # ---- predictions ----

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from envs.attacks import grading as attacks
+from envs.attacks import basket as attacks
 from envs.sandbox import Backend, make_backend
 from envs.sandbox.base import FileChange
 from envs.swe.env import SWEEnv
@@ -41,7 +41,7 @@ def image() -> Iterator[str]:
             spec = importlib.util.find_spec(package)
             assert spec and spec.origin
             path = Path(spec.origin) if spec.submodule_search_locations is None else Path(spec.origin).parent
-            tar.add(path, f"site/{path.name}", filter=lambda entry: None if "__pycache__" in entry.name else entry)
+            tar.add(path, f"site/{path.name}")
     context.seek(0)
     made, _ = client.images.build(fileobj=context, custom_context=True, rm=True)
     yield made.id
