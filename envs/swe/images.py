@@ -168,7 +168,7 @@ def interpreter(
     env = {"PATH": f"{VENV}/bin:{_path(store, base)}", **_ENV}
     labels = {"codeworld.interpreter": key, "codeworld.python": found}
     below = store.extend(base, [layer], env=env, labels=labels, created_by="codeworld: interpreter")
-    labels = {"codeworld.interpreter": "", "codeworld.tools": key}
+    labels = {"codeworld.tools": key}
     return below, store.extend(below, [with_pip], labels=labels, created_by="codeworld: pip, to build with")
 
 

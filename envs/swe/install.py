@@ -108,7 +108,9 @@ class Build:
         else:
             self._editable(source)
         asked = {"requirements": requirements.test_requirements(tree), "extras": list(extras)}
-        answer = self._do(f"python -c {shlex.quote(_METADATA)}", "install", stdin=json.dumps(asked).encode())
+        answer = self.box.run(f"python -c {shlex.quote(_METADATA)}", stdin=json.dumps(asked).encode(), timeout=SECONDS)
+        if not answer.ok:
+            raise Refused("install", f"its metadata can't be read ({last_words(answer)})")
         needs = json.loads(answer.text().splitlines()[-1])
         self._requirements(needs["required"], [r for r in needs["optional"] if name_of(r) not in requirements.TOOLS])
         self._compile()

@@ -56,10 +56,10 @@ class Interpreter:
 
 
 class Unavailable(ValueError):
-    """The index has no file for a requirement; `requirement` says which."""
+    """No files satisfy what is required; `requirement` says which has none, "" where several exclude each other."""
 
     def __init__(self, requirement: str, why: str) -> None:
-        super().__init__(f"requirement {requirement!r}: {why}")
+        super().__init__(f"requirement {requirement!r}: {why}" if requirement else f"requirements {why}")
         self.requirement = requirement
 
 
@@ -75,8 +75,8 @@ class WheelCache:
     def get(self, requirements: Iterable[str], interpreter: Interpreter) -> list[Path]:
         """Files that satisfy `requirements` (PEP 508, without markers) and all that those require in turn.
 
-        Raises `Unavailable` for a requirement that has neither a wheel nor a source distribution, `ValueError` for what pip
-        says else (no network, two that exclude each other).
+        Raises `Unavailable` for a requirement that has neither a wheel nor a source distribution, and for those that exclude
+        each other; `ValueError` for what pip says else.
         """
         wanted = sorted(set(requirements))
         if not wanted:
@@ -110,6 +110,8 @@ class WheelCache:
                 return
             missing = name_of(_missing(done.stderr) or "")
             found = [requirement for requirement in left if name_of(requirement) == missing]
+            if "ResolutionImpossible" in done.stderr:
+                raise Unavailable("", f"{', '.join(left)[:200]} exclude each other")
             if not missing:
                 cause = " ".join(done.stderr.split())[-300:]
                 raise ValueError(f"requirements {', '.join(left)[:200]}: pip download failed ({cause})")

@@ -13,7 +13,9 @@ import pytest
 from envs.sandbox.capture import Entry
 from envs.swe.index import sdist
 from envs.swe.sources import fetch
+from envs.swe.wheels import Interpreter, Unavailable, WheelCache
 from tests.envs.gitrepo import commit, git
+from tests.envs.wheelhouse import simple
 
 
 def archive(files: dict[str, bytes | tarfile.TarInfo]) -> bytes:
@@ -148,6 +150,55 @@ def test_what_the_index_lacks_is_said_in_a_line(index, tmp_path, monkeypatch):
     refused("pypi:demo", "can't be reached")
     monkeypatch.setenv("PIP_INDEX_URL", "ftp://127.0.0.1/simple")
     refused("pypi:demo", "is not fetched")
+
+
+@pytest.fixture
+def wheels(index, tmp_path, monkeypatch):
+    pytest.importorskip("pip", reason="pip fetches the wheels")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    simple(tmp_path, "one", "1.0", {"one.py": b""}, ("two>=1",))
+    for version in ("1.0", "2.0"):
+        simple(tmp_path, "two", version, {"two.py": b""})
+    simple(tmp_path, "old", "1.0", {"old.py": b""}, ("two<2",))
+    return WheelCache(tmp_path / "cache")
+
+
+PYTHON = Interpreter(version="3.11", glibc="2.36")
+
+
+def test_wheels_come_with_what_they_require_and_are_remembered(wheels, tmp_path, monkeypatch):
+    names = ["one-1.0-py3-none-any.whl", "two-2.0-py3-none-any.whl"]
+    assert [path.name for path in wheels.get(["one"], PYTHON)] == names
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
+    assert [path.name for path in WheelCache(wheels.directory).get(["one"], PYTHON)] == names
+    assert wheels.get([], PYTHON) == []
+
+
+def test_what_has_no_wheel_is_fetched_as_it_is(wheels, index):
+    """It is not built here: that it can't be built is not even noticed."""
+    index.add("demo-1.0.tar.gz", archive({"demo-1.0/setup.py": b"import os; os.abort()"}))
+    assert [path.name for path in wheels.get(["demo", "two<2"], PYTHON)] == [
+        "demo-1.0.tar.gz",
+        "two-1.0-py3-none-any.whl",
+    ]
+
+
+def test_requirements_without_files_are_named(wheels):
+    for wanted, named in (
+        (["one", "absent>=3"], "absent>=3"),
+        (["two>=9"], "two>=9"),
+        (["one", "two==2.0", "old"], ""),
+    ):
+        with pytest.raises(Unavailable) as told:
+            wheels.get(wanted, PYTHON)
+        assert told.value.requirement == named and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("text", ["--index-url=http://x", "./here", "x @ file:///etc", "-r list", "a; b", "a\nb", ""])
+def test_what_pip_would_read_as_something_else_is_refused(wheels, text):
+    with pytest.raises(Unavailable, match="not fetched"):
+        wheels.get([text], PYTHON)
 
 
 LINK = tarfile.SYMTYPE
