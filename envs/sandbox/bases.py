@@ -187,7 +187,7 @@ def _docker_image(lease: Lease, name: str) -> Base:
 
     what = f"base={name!r}"
     try:
-        client = docker.fromenv_of()
+        client = docker.from_env()
     except docker.errors.DockerException as error:
         if is_remote(name):
             return _image(Registry(name, what), what, lease)
