@@ -136,8 +136,8 @@ class _Builder:
                     return path
         raise ValueError(f"{self.repos}: no clone of {repo}; clone it to {self.repos / names[0]}")
 
-    def image(self, task: Task) -> str:
-        """The image of a row. Raises `ValueError` (of which `Refused` is one), one line."""
+    def image(self, task: Task) -> tuple[str, str]:
+        """The image of a row, and what could not be installed. Raises `ValueError`, one line."""
         repo, commit = task.provenance["repo"], task.provenance["commit"]
         known = swe_bench.REPOSITORIES.get(repo)
         if known is None:
@@ -147,7 +147,8 @@ class _Builder:
         env = images.environment(
             self.store, self._base, source, self.backend, cache=self.out / "cache", needs=known.needs
         )
-        return images.task_image(self.store, env.digest, {**source.tree(), **env.made}, {})
+        digest = images.task_image(self.store, env.digest, {**source.tree(), **env.made}, {})
+        return digest, "; ".join(env.dropped)
 
 
 def _validated(
@@ -163,7 +164,8 @@ def _validated(
 
     try:
         if not task.base:
-            task = swe_bench.with_image(task, builder.image(task))
+            base, record["dropped"] = builder.image(task)
+            task = swe_bench.with_image(task, base)
         lap("build")
         gold = patches.patch_changes(task, task.blob(task.grader.gold_patch, "gold patch").decode(), backend)
         if gold.why:
@@ -181,14 +183,11 @@ def _validated(
     outcomes = {name: found.verdict.outcome for name, found in made.items()}
     record["outcome"] = ", ".join(f"{name} {outcome}" for name, outcome in outcomes.items())
     record["peer"] = peer.regrade(task, {name: (found.log, found.official) for name, found in made.items()}, python)
-    record["why"] = next(
-        (
-            f.verdict.why
-            for name, f in made.items()
-            if f.verdict.outcome != dict(zip(outcomes, ("resolved", "unresolved"), strict=True))[name]
-        ),
-        "",
-    )
+    right = {"gold": "resolved", "no-op": "unresolved"}
+    wrong = [f"{name}: {found.verdict.why}" for name, found in made.items() if outcomes[name] != right[name]]
+    if wrong and record.get("dropped"):
+        wrong.append(f"not installed: {record['dropped']}")
+    record["why"] = "; ".join(wrong)
     record["image"] = task.base
     if official:
         lap("grader")
