@@ -33,7 +33,7 @@ from envs.sandbox.base import Backend, Changes, FileChange, Result, Sandbox
 from envs.swe import patches
 from envs.swe.grading import DROPPED_NAMES, Verdict, keep
 from envs.swe.grading import grade as any_grade
-from envs.swe.log_parsers import END, EXIT, FAILING, PASSING, START, Report, official, status_of
+from envs.swe.log_parsers import END, EXIT, FAILING, PASSING, READERS, START, Report, official, status_of
 from envs.task import Task
 
 _QUIET = ("git show", "git status", "git -c core.fileMode=false diff")
@@ -72,8 +72,13 @@ def grade(task: Task, changes: Changes, backend: Backend) -> Verdict:
 
 
 def evaluate(task: Task, changes: Changes, backend: Backend) -> Evaluation:
-    """As `grade`, with the log."""
+    """As `grade`, with the log. Raises `ValueError` for a task whose log could not be read."""
     script = task.blob(task.grader.script, "script").decode()
+    if task.grader.parser not in READERS or START not in script or END not in script:
+        raise ValueError(
+            f"task {task.id}: its script prints no markers, or its parser {task.grader.parser!r} is none of"
+            f" {', '.join(READERS)}; import it again"
+        )
     gold = patches.sections(task.blob(task.grader.gold_patch, "gold_patch").decode()) if task.grader.gold_patch else []
     kept, dropped = kept_of(task, changes, {section.path for section in gold})
     result, before = _run(task, kept, instrumented(script), backend, [s.path for s in gold])

@@ -10,6 +10,7 @@ import pytest
 
 from envs.sandbox.base import FileChange
 from envs.swe import log_grading, patches, swe_bench
+from envs.swe.env import SWEEnv
 from envs.swe.grading import grade
 from envs.swe.importers import Refused, load_rows
 from envs.swe.log_parsers import END, START
@@ -221,6 +222,26 @@ def test_changes_are_applied_whole(native):
     made = task(eval_script="set -x\n" + script, FAIL_TO_PASS=["all"], PASS_TO_PASS=[])
     assert grade(made, mine, native).outcome == "resolved"
     assert grade(made, {p: c for p, c in mine.items() if p != "notes.txt"}, native).outcome == "unresolved"
+
+
+def test_an_episode_ends_with_the_verdict(native):
+    env = SWEEnv(tasks=[task()], backend=native, reward="binary")
+    try:
+        prompt, _ = env.reset(seed=0)
+        assert prompt == "add subtracts"
+        env.step(
+            "<tool: bash>\nsed -i 's/a - b/a + b/' calc.py; printf 'import os; os._exit(0)' > conftest.py\n</tool>"
+        )
+        _, reward, terminated, _, info = env.step("<tool: submit>\n</tool>")
+        assert (reward, terminated, info["outcome"], info["dropped"]) == (1.0, True, "resolved", ["conftest.py"])
+    finally:
+        env.close()
+
+
+def test_a_task_whose_log_could_not_be_read_is_one_line(native):
+    made = task()
+    with pytest.raises(ValueError, match="its parser 'none' is none of pytest, "):
+        grade(replace(made, grader=replace(made.grader, parser="none")), {}, native)
 
 
 # ---- patches ----
