@@ -110,8 +110,8 @@ Step = tuple[str, SupportsFloat, bool, bool, dict[str, Any]]
 
 
 def finite(reward: SupportsFloat) -> float:
-    """The reward as a float; NaN and infinities are a `ValueError`, as they would poison a whole batch."""
-    value = float(reward)
+    """The reward as a float, never -0.0; NaN, infinities and text are a `ValueError`, as they would poison a whole batch."""
+    value = np.nan if isinstance(reward, str | bytes) else float(reward)
     if not np.isfinite(value):
-        raise ValueError(f"an environment returned the reward {value}; rewards are finite numbers")
-    return value
+        raise ValueError(f"an environment returned the reward {reward!r}; rewards are finite numbers")
+    return value + 0.0

@@ -15,7 +15,10 @@ import gymnasium
 
 from envs.errors import nearest
 
-BUILT_IN = {"codeworld/SWE-v0": "envs.swe.env:SWEEnv"}
+BUILT_IN = {
+    "codeworld/SWE-v0": "envs.swe.env:SWEEnv",
+    "codeworld/SWE-testgen-v0": "envs.swe.testgen:SWETestgenEnv",
+}
 
 
 def register(id: str, entry_point: str, **kwargs: Any) -> None:  # noqa: A002 (Gymnasium's own name)

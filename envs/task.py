@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -196,16 +196,23 @@ def load_tasks(directory: str | Path) -> list[Task]:
     return tasks
 
 
-def save_tasks(tasks: list[Task], directory: str | Path) -> None:
+def save_blobs(task: Task, directory: str | Path) -> None:
+    """Write what `task` needs into the blobs of a task set, each by one rename."""
+    blobs = Path(directory) / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    for what, name in task.named.items():
+        path = blobs / name
+        if not path.exists():
+            path.with_suffix(".partial").write_bytes(task.blob(name, what))
+            path.with_suffix(".partial").rename(path)
+
+
+def save_tasks(tasks: Sequence[Task], directory: str | Path) -> None:
     """Write a task set: `tasks.jsonl` (one atomic rename) and its blobs."""
     directory = Path(directory)
-    (directory / "blobs").mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        for what, name in task.named.items():
-            path = directory / "blobs" / name
-            if not path.exists():
-                path.with_suffix(".partial").write_bytes(task.blob(name, what))
-                path.with_suffix(".partial").rename(path)
+        save_blobs(task, directory)
     partial = directory / ".tasks.jsonl"
     partial.write_text("".join(json.dumps(t.to_json(), separators=(",", ":")) + "\n" for t in tasks))
     partial.rename(directory / "tasks.jsonl")

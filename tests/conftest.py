@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 
 import pytest
 
-PARTS = ("native", "docker", "root")
+PARTS = ("native", "docker", "root", "registry")
 
 
 @functools.cache
@@ -18,6 +19,8 @@ def missing(part: str) -> str:
     """Why this machine can't run tests of `part`; empty if it can."""
     if part == "root":
         return "" if os.geteuid() == 0 else "not started as root"
+    if part == "registry":
+        return "" if shutil.which("docker-registry") else "no docker-registry on PATH; apt-get install docker-registry"
     from envs.sandbox import CodeworldError, make_backend
 
     try:
@@ -29,6 +32,7 @@ def missing(part: str) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "native: needs namespaces (root, or user namespaces for ordinary users)")
+    config.addinivalue_line("markers", "registry: needs Debian's docker-registry")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

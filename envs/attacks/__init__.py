@@ -1,4 +1,5 @@
-"""An attack suite for sandboxes: every backend of the protocol, this suite's or a third party's, can be put through it.
+"""An attack suite for sandboxes and graders: every backend of the protocol, this suite's or a third party's, and every
+function that judges attempts can be put through it.
 
 >>> from envs.attacks import run_suite                                     # doctest: +SKIP
 >>> from envs.sandbox import make_backend                                  # doctest: +SKIP
@@ -14,14 +15,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from envs.attacks import isolation, leakage, protocol, resources, tools
+from envs.attacks import grading, incidents, isolation, leakage, protocol, resources, tools
 from envs.attacks.stage import Breach, Case, NotRun, Outcome, Stage
 from envs.errors import InfraError, Unsupported, nearest
 from envs.sandbox.base import Backend
+from envs.swe.grading import Grade, grade
 
 GROUPS: dict[str, list[Case]] = {
     "isolation": isolation.CASES,
     "resources": resources.CASES,
+    "grading": grading.CASES + incidents.CASES,
     "leakage": leakage.CASES,
     "tools": tools.CASES + protocol.CASES,
 }
@@ -67,13 +70,14 @@ def run_suite(
     groups: Sequence[str] | None = None,
     *,
     ids: Sequence[str] | None = None,
+    grade: Grade = grade,
     report: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Run the cases of `groups` (None: all) with these `ids` (None: all) against `backend`, which stays open.
 
-    `report` is called with each outcome as it comes. Raises `ValueError` for an unknown group or id.
+    grade: the grader under attack in group "grading". `report` is called with each outcome as it comes. Raises `ValueError` for an unknown group or id.
     """
-    stage, outcomes = Stage(backend), []
+    stage, outcomes = Stage(backend, grade), []
     try:
         for case in select(groups, ids):
             outcomes.append(run_case(case, stage))

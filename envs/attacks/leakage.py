@@ -104,6 +104,79 @@ def episode(stage: Stage) -> tuple[SWEEnv, dict[str, str]]:
     return env, canaries
 
 
+_HISTORY = """
+import subprocess
+tops = [os.getcwd(), *(top for top in sys.argv[1].split(",") if os.path.isdir(top))]
+stores = set()
+for top in tops:
+    for where, directories, names in os.walk(top):
+        if where.count("/") > 8 or len(stores) > 50: directories.clear()
+        if "HEAD" in names and "objects" in directories: stores.add(where)
+for store in sorted(stores):
+    def git(*words): return subprocess.run(["git", "-c", "safe.directory=*", f"--git-dir={store}", *words], capture_output=True, text=True).stdout.splitlines()
+    kinds = git("cat-file", "--batch-all-objects", "--unordered", "--batch-check=%(objectname) %(objecttype)")
+    reached = {line.split()[0] for line in git("rev-list", "--objects", "HEAD")}
+    commits = sum(line.endswith(" commit") for line in kinds)
+    say(f"{store}: {commits} commits", "ok" if commits > 1 else "one")
+    more = len(kinds) - len(reached)
+    say(f"{store}: {more} objects beyond the tree", "ok" if more > 0 else "none")
+    names = git("remote") + git("for-each-ref", "--format=%(refname)")[1:] + git("stash", "list") + git("reflog", "--all")[1:]
+    for name in (*names, *(n for n in ("ORIG_HEAD", "FETCH_HEAD") if os.path.exists(f"{store}/{n}"))): say(f"{store}: {name}", "ok")
+say("stores", len(stores))
+"""
+_TWO_COMMITS = """mkdir /tmp/planted && cd /tmp/planted && git init -q . && git config user.email a@b && git config user.name a &&
+echo 1 >f && git add f && git commit -qm one && echo 2 >f && git commit -qam two && git reset -q --hard HEAD^"""
+
+
+@leakage("D1", "git: all commits, reflog, stash, tags, remotes, dangling and packed objects", "at most one commit, and no object beyond its tree", harmless=True)  # fmt: skip
+def history(stage: Stage) -> str:
+    """A repository whose second commit was reset away proves that the search finds what is there."""
+    env, _ = episode(stage)
+    box = env._sandbox
+    assert box is not None
+    tops = "/tmp,/root,/home,/opt,/srv,/mnt,/var"
+    found = stage.tries(box, _HISTORY, tops, timeout=60)
+    stores = found.pop("stores")
+    check("ok" not in found.values(), "; ".join(name for name, what in found.items() if what == "ok"))
+    planted = stage.box()
+    stage.sh(planted, f"({_TWO_COMMITS})")
+    rows = stage.tries(planted, _HISTORY, "/tmp", timeout=60)
+    if rows.get("/tmp/planted/.git: 2 commits") != "ok":
+        raise NotRun("the search does not find even a commit that was reset away")
+    return f"{stores} repositories"
+
+
+_INSTALLED = """
+import glob, sysconfig
+names, here = sys.argv[1].split(","), os.getcwd()
+places = [path for path in {*sys.path, *sysconfig.get_paths().values()} if path and path != here and os.path.isdir(path)]
+for name in names:
+    for place in places:
+        for path in glob.glob(f"{place}/{name}") + glob.glob(f"{place}/{name}.py") + glob.glob(f"{place}/{name}-*.*-info"): say(path, "ok")
+for top in ("/tmp", "/root", "/home", "/opt", "/var/cache", os.path.expanduser("~")):
+    for where, directories, files in os.walk(top):
+        if where.count("/") > 10: directories.clear()
+        for file in files:
+            if file.endswith((".whl", ".tar.gz", ".zip")) and file.split("-")[0].lower() in names: say(os.path.join(where, file), "ok")
+say("places", len(places))
+"""
+
+
+@leakage("D2", "an installed copy of the package, wheels in caches, metadata", "only the repository has the package", harmless=True)  # fmt: skip
+def installed(stage: Stage) -> str:
+    """By the names of what the repository has at its top."""
+    env, _ = episode(stage)
+    assert env._sandbox is not None and env.task is not None
+    names = ",".join(sorted({path.split("/")[0].removesuffix(".py") for path in env.task.grader.gold}))
+    found = stage.tries(env._sandbox, _INSTALLED, names, timeout=60)
+    places = found.pop("places")
+    check(not found, f"found {', '.join(found)}")
+    env._sandbox.write("/tmp/cache/shop-1.0-py3-none-any.whl", b"")
+    if len(stage.tries(env._sandbox, _INSTALLED, names, timeout=60)) != 2:
+        raise NotRun("the search does not find even a planted wheel")
+    return f"{places} directories"
+
+
 @leakage("D3", "search for hidden tests, task id, gold patch, run script", "no canary in files, environment, processes, mounts", harmless=True)  # fmt: skip
 def canaries(stage: Stage) -> str:
     """A canary in the repository proves that the search finds what is there."""
@@ -196,6 +269,14 @@ def error_texts(stage: Stage) -> str:
         observation, _, terminated, _, _ = env.step(action)
         texts.append(observation)
         check(not terminated or not observation.strip(), f"the end of an episode says {observation[:80]!r}")
+    for body in (b"def total(a, b):\n    return a + b\n", b"1 / 0\n", b"import os\nos._exit(0)\n", b"print('PASS')\n"):
+        again, canaries = episode(stage)
+        secret |= {f"{name} of {body[:9]!r}": text for name, text in canaries.items()}
+        assert again._sandbox is not None
+        again._sandbox.write("shop.py", body)
+        ending = again.step(call("submit"))
+        texts.append(ending[0])
+        check(not ending[0] and ending[2], f"a submission is answered by {ending[0][:80]!r}")
     said = "\n".join(texts)
     host = {
         "this repository": str(Path(__file__).parents[2]),

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from envs.errors import CodeworldError
 from envs.sandbox.base import Backend, FileChange, Limits, Result, Sandbox
+from envs.swe.grading import Grade, grade
 
 Verdict = Literal["contained", "breached", "not run"]
 QUICK = 30.0
@@ -130,10 +131,11 @@ say("processes", any(look(pid) for pid in os.listdir("/proc") if pid.isdigit()))
 
 
 class Stage:
-    """One backend under attack. Everything that a case made is closed after it but the two shared sandboxes."""
+    """One backend, and a grader, under attack. What a case made is closed after it, but for the two shared sandboxes."""
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+    def __init__(self, backend: Backend, grade: Grade = grade) -> None:
+        self.backend, self.grade = backend, grade
+        self.honest = False  # the grader was not yet seen to resolve a right solution
         self._shared: dict[str, Sandbox] = {}
         self._undo: list[Callable[[], object]] = []
 

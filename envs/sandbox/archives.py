@@ -93,7 +93,8 @@ def image_file(path: Path) -> Iterator[tuple[dict[str, Any] | None, list[Callabl
                 yield image.config, [functools.partial(store.open, blob) for blob in image.blobs]
                 return
     except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
-        raise Unsupported(f"{what}: not a readable archive ({error}); make it again, e.g. with `docker save`") from None
+        cause = " ".join(str(error).split())
+        raise Unsupported(f"{what}: not a readable archive ({cause}); make it again, e.g. with `docker save`") from None
     yield None, [lambda: path.open("rb")]
 
 

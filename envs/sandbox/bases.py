@@ -17,7 +17,7 @@ import re
 import stat
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,14 +183,14 @@ def _docker_image(lease: Lease, name: str) -> Base:
     """A local image, as the engine has it when it is first asked for, else one of a registry; layers are fetched only
     where one is missing."""
     import docker
-    from envs.sandbox.registry import Registry, is_remote
+    from envs.sandbox.registry import is_remote
 
     what = f"base={name!r}"
     try:
         client = docker.from_env()
     except docker.errors.DockerException as error:
         if is_remote(name):
-            return _image(Registry(name, what), what, lease)
+            return _pulled(name, what, lease)
         cause = " ".join(str(error).split())[:200]
         raise Unsupported(
             f"{what}: no Docker engine answers ({cause}); start dockerd, or give an archive made by `docker save`"
@@ -200,7 +200,7 @@ def _docker_image(lease: Lease, name: str) -> Base:
             found = client.images.get(name)
         except docker.errors.ImageNotFound:
             if is_remote(name):
-                return _image(Registry(name, what), what, lease)
+                return _pulled(name, what, lease)
             full = f"docker.io/{name}" if "/" in name else f"docker.io/library/{name}"
             raise Unsupported(
                 f"{what}: no such image here and no such file; docker pull {name}, name it with its registry ({full}), or"
@@ -223,10 +223,22 @@ def _docker_image(lease: Lease, name: str) -> Base:
         client.close()
 
 
+def _pulled(name: str, what: str, lease: Lease) -> Base:
+    from envs.sandbox.registry import Registry
+
+    with full_disk(what), Registry(name, what) as store:
+        return _image(store, what, lease)
+
+
 def layer_names(image: Any) -> tuple[str, ...]:
     """The names that the layers of an engine's image have here, the topmost first."""
     digests = image.attrs["RootFS"].get("Layers") or ()
-    return tuple(digest.partition(":")[2][:NAME] for digest in reversed(digests))
+    return _once(digest.partition(":")[2][:NAME] for digest in reversed(digests))
+
+
+def _once(layers: Iterable[str]) -> tuple[str, ...]:
+    """Without what lies below its equal, the topmost first: it shows nowhere, and the kernel refuses it."""
+    return tuple(dict.fromkeys(layers))
 
 
 def _checked(layers: tuple[str, ...], env: Mapping[str, str], what: str, lease: Lease) -> Base:
@@ -250,4 +262,4 @@ def _image(store: Store, what: str, lease: Lease) -> Base:
                 layers.insert(0, lease.put(digest, functools.partial(store.open, blob), what))
             except KeyError:
                 raise Unsupported(f"{what}: layer {blob!r} is missing; {store.REMEDY}") from None
-        return _checked(tuple(layers), image.env, what, lease)
+        return _checked(_once(layers), image.env, what, lease)

@@ -98,8 +98,9 @@ class CopiedSandbox(DockerSandbox):
         self._check_open()
         files, exports = read_tree(self._live.root, self.limits.disk_mb << 20), self._exports()
         start, world = replace(self._start, files=files, cwd=self._cwd, exports=exports), self._live.world
+        world.hold()
         launch = functools.partial(self._backend.launch, start, self.limits, world)
-        return Snapshot(self._cwd, exports, launch, lambda: None), lambda: None
+        return Snapshot(self._cwd, exports, launch, world.drop), lambda: None
 
 
 class DockerBackend(StackedBackend):
@@ -282,9 +283,8 @@ class DockerBackend(StackedBackend):
 def _bind(source: str, target: str, *, read_only: bool = False) -> Any:
     import docker
 
-    return docker.types.Mount(
-        target, source, type="bind", read_only=read_only
-    )  # unlike `volumes`, it makes no missing source
+    # unlike `volumes`, it makes no missing source
+    return docker.types.Mount(target, source, type="bind", read_only=read_only)
 
 
 def _names(store: Path, uid: int, base: Base) -> list[Any]:

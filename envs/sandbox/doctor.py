@@ -14,7 +14,7 @@ def probe() -> list[Row]:
     """The sandbox rows of the doctor's table; each backend is tried with one trivial sandbox."""
     from envs.sandbox import BACKENDS, cgroups, make_backend
 
-    rows = [_cache()]
+    rows: list[Row] = []
     for name in BACKENDS:
         try:
             make_backend(name).close()
@@ -22,7 +22,7 @@ def probe() -> list[Row]:
         except CodeworldError as error:
             cause, _, remedy = " ".join(str(error).split()).partition("; ")
             rows.append((f"sandbox {name}", cause, remedy))
-    return rows + _limits(cgroups.hierarchy())
+    return [*rows, *_limits(cgroups.hierarchy()), _cache()]
 
 
 def _cache() -> Row:

@@ -25,6 +25,7 @@ from envs.sandbox.archives import OURS, image_file
 from envs.sandbox.bases import is_archive
 from envs.sandbox.capture import TIME
 
+OWN = "codeworld."
 _CREATED = "2020-01-01T00:00:00Z"
 _TYPE = "application/vnd.oci.image"
 _CHUNK = 1 << 20
@@ -108,13 +109,15 @@ class ImageStore:
     ) -> str:
         """The image `digest` with more layers on top (uncompressed tar archives); returns the new image's digest.
 
-        env: added to the image's environment. labels: added to its labels. Equal arguments give the equal digest.
+        env: added to the image's environment. labels: added to its labels, but those that begin with `OWN` are an image's
+        own and not inherited. Equal arguments give the equal digest.
         """
         config = self.config(digest)
         inner = config["config"]
         pairs = dict(item.partition("=")[::2] for item in inner.get("Env") or ()) | dict(env or {})
         inner["Env"] = [f"{key}={value}" for key, value in pairs.items()]
-        inner["Labels"] = {**(inner.get("Labels") or {}), **(labels or {})}
+        kept = {name: text for name, text in (inner.get("Labels") or {}).items() if not name.startswith(OWN)}
+        inner["Labels"] = {**kept, **(labels or {})}
         if workdir is not None:
             inner["WorkingDir"] = workdir
         with self._locked():

@@ -36,7 +36,7 @@ NAME = 24
 """Hexadecimal digits of a digest in a layer's name: the kernel takes the names of all layers on one page."""
 
 _USE, _DRAFT, _GONE = ".use", ".draft-", ".gone-"
-_TRIES = 500
+_TRIES, _WAIT = 200, 3600.0
 _held: dict[str, list[int]] = {}
 """Of this process, by path: the descriptor with the shared lock, and how many stand on the layer."""
 _table = threading.Lock()
@@ -160,10 +160,11 @@ class Lease:
                     raise InfraError(f"{what}: layer {name} was removed under a living sandbox; end those on it")
                 (layers_dir() / _USE).mkdir(parents=True, exist_ok=True)  # the cache may be deleted at any time
                 with _claim(layers_dir(), name, wait=True) as record:
-                    if record < 0:
-                        time.sleep(0.01)
-                    elif _fill(record, name, open_, what, digest if image else None):
+                    mine = record >= 0
+                    if mine and _fill(record, name, open_, what, digest if image else None):
                         self._made.append(name)
+                if not mine:
+                    time.sleep(0.001 * tries)
         return name
 
     @contextlib.contextmanager
@@ -174,11 +175,10 @@ class Lease:
         self._made = []
         try:
             yield
-        except BaseException as error:
+        except (Unsupported, DiskFull):
             release(self._names[before:])
             del self._names[before:]
-            if isinstance(error, DiskFull) or not isinstance(error, InfraError):
-                discard(self._made)
+            discard(self._made)
             raise
 
     def close(self) -> None:
@@ -323,10 +323,24 @@ def _claim(root: Path, name: str, *, wait: bool = False) -> Iterator[int]:
         except BlockingIOError:
             mine = False
             if wait:
-                fcntl.flock(fd, fcntl.LOCK_SH)
+                _wait(fd, name)
         yield fd if mine else -1
     finally:
         os.close(fd)
+
+
+def _wait(record: int, name: str) -> None:
+    """Wait until nobody has the record alone."""
+    end = time.monotonic() + _WAIT
+    while True:
+        try:
+            return fcntl.flock(record, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise InfraError(
+                    f"layer {name}: another process has not unpacked it in {_WAIT:.0f} s; end it"
+                ) from None
+            time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from envs.errors import InfraError, Unsupported
+from envs.sandbox.bases import is_archive
 from envs.sandbox.helper import cache_dir
 
 CONNECT = 10.0
@@ -70,9 +71,7 @@ class Registry:
             raise Unsupported(f"{what}: not a registry's image; write HOST[:PORT]/NAME[:TAG][@sha256:DIGEST]")
         self._host, self._name, tag, self._digest = found.groups()
         self._tag, self._what = tag or "latest", what
-        host = {"docker.io": "registry-1.docker.io", "index.docker.io": "registry-1.docker.io"}.get(
-            self._host, self._host
-        )
+        host = "registry-1.docker.io" if self._host in ("docker.io", "index.docker.io") else self._host
         if host != self._host and "/" not in self._name:
             self._name = f"library/{self._name}"
         local = re.fullmatch(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?", host) is not None
@@ -85,6 +84,12 @@ class Registry:
         self._manifests: set[str] = set()
         self._sizes: dict[str, int] = {}
 
+    def __enter__(self) -> Registry:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.close()
+
     def open(self, name: str) -> IO[bytes]:
         """The blob, whole and checked; raises `KeyError` for a name that no registry has."""
         kind, _, digest = name.rpartition("/")
@@ -95,7 +100,7 @@ class Registry:
         if digest in self._manifests:
             return io.BytesIO(self._manifest(digest))
         if digest in self._small:
-            return io.BytesIO(self._kept(digest, lambda: self._blob(digest).read()))
+            return io.BytesIO(self._kept(digest, lambda: self._blob(digest).read(_JSON_MAX)))
         return self._blob(digest)
 
     def _manifest(self, digest: str | None) -> bytes:
@@ -290,7 +295,7 @@ class _Patience:
 
 def _seconds(retry_after: str) -> float:
     """What a Retry-After header says: seconds, or a date."""
-    with contextlib.suppress(ValueError, TypeError):
+    if re.fullmatch(r"\d{1,9}", retry_after):
         return float(retry_after)
     with contextlib.suppress(ValueError, TypeError):
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
@@ -315,7 +320,7 @@ def provide(client: Any, name: str) -> None:
     import docker
 
     found = _REFERENCE.fullmatch(name)
-    if not found:
+    if not found or is_archive(name):
         return
     with contextlib.suppress(docker.errors.ImageNotFound):
         client.images.get(name)

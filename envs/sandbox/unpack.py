@@ -74,11 +74,12 @@ def unpack(stream: IO[bytes], to: Path, what: str) -> str:
 
 def remove_tree(path: Path) -> None:
     """Remove a tree whose directories may deny it; never raises."""
-    for directory, names, _, at in os.fwalk(path, follow_symlinks=False, onerror=None) if path.exists() else ():
-        for name in names:
-            with contextlib.suppress(OSError):
-                if stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
-                    Path(directory, name).chmod(0o700)
+    with contextlib.suppress(OSError):  # another may remove it at the same time
+        for directory, names, _, at in os.fwalk(path, follow_symlinks=False):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    if stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
+                        Path(directory, name).chmod(0o700)
     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -5,13 +5,15 @@ A plugin of ours, outside the repository, writes one line for each thing that ha
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from envs.errors import SandboxDead
-from envs.sandbox.base import Backend, Limits
+from envs.sandbox.base import Backend, Limits, Sandbox
 from envs.swe.install import TESTBED, Refused
 
 COMMAND = "python -m pytest --rootdir=. -p no:cacheprovider -p no:randomly"
@@ -23,6 +25,7 @@ SECONDS = 900.0
 RUNS = 2
 _PLUGIN = "/tmp/codeworld_report.py"
 _REPORT = "/tmp/codeworld_report.jsonl"
+_JUNIT = "/tmp/codeworld_junit.xml"
 _REPORT_MAX = 64 << 20
 _EXTRA = {"pytest_cov": "--no-cov", "xdist": "-n0"}
 """Options that switch off what would slow a run or divide it, by the module that knows them."""
@@ -54,7 +57,9 @@ class Discovery:
 
 
 @dataclass
-class _Run:
+class Run:
+    """What one run of a suite, or of some of its tests, showed."""
+
     outcomes: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     doctests: set[str] = field(default_factory=set)
@@ -62,6 +67,8 @@ class _Run:
     started: str = ""
     ended: bool = False
     wall: float = 0.0
+    junit: bytes = b""
+    """The JUnit report, where it was asked for (`failures.py` reads it)."""
 
 
 def discover(
@@ -77,7 +84,7 @@ def discover(
     for _ in range(runs):
         with backend.create(base=image, workdir=TESTBED, limits=limits) as box:
             command = command or f"{COMMAND}{_options(box)}"
-            found.append(_run(box, command, timeout))
+            found.append(run_suite(box, command, timeout))
     return _summary(command, found)
 
 
@@ -87,7 +94,7 @@ def _options(box: Any) -> str:
     return f" {options}" if options else ""
 
 
-def _summary(command: str, found: Sequence[_Run]) -> Discovery:
+def _summary(command: str, found: Sequence[Run]) -> Discovery:
     """What several runs of one suite have in common."""
     first, tests, unstable = found[0], {}, []
     for test in sorted({test for run in found for test in run.outcomes}):
@@ -112,19 +119,28 @@ def _summary(command: str, found: Sequence[_Run]) -> Discovery:
     )
 
 
-def _run(box: Any, command: str, timeout: float) -> _Run:
+def run_suite(box: Sandbox, command: str, timeout: float, *, tests: Iterable[str] = (), junit: bool = False) -> Run:
+    """Run the suite in a sandbox, or only `tests` (files or ids). Raises `Refused` where it does not end by itself or says
+    nothing, `SandboxDead`."""
     box.write(_PLUGIN, _SOURCE.encode())
-    options = "-p codeworld_report --continue-on-collection-errors -q --tb=short"
-    result = box.run(f"cd {TESTBED}; PYTHONPATH=/tmp {command} {options}", timeout=timeout)
+    options = "-q --tb=short"
+    if junit:
+        options = f"-vv --tb=auto --junitxml={_JUNIT} -o junit_family=xunit1"
+    named = " ".join(shlex.quote(test) for test in tests)
+    script = f"cd {TESTBED}; rm -f {_REPORT}; PYTHONPATH=/tmp {command} -p codeworld_report --continue-on-collection-errors"
+    result = box.run(f"{script} {options} {named}", timeout=timeout)
     if result.cause == "dead":
         raise SandboxDead("the sandbox died while a suite ran")
-    run = _Run(wall=result.wall)
+    run = Run(wall=result.wall)
     try:
         lines = box.read(_REPORT, limit=_REPORT_MAX).decode("utf-8", "replace").splitlines()
     except FileNotFoundError:
         lines = []
     for line in lines:
         _note(run, line)
+    if junit:
+        with contextlib.suppress(OSError):
+            run.junit = box.read(_JUNIT, limit=_REPORT_MAX)
     if result.cause != "exit":
         last = f", the last test that started is {run.started}" if run.started else ""
         raise Refused("tests", f"the suite ended by {result.cause} after {result.wall:.0f} s{last}")
@@ -134,7 +150,7 @@ def _run(box: Any, command: str, timeout: float) -> _Run:
     return run
 
 
-def _note(run: _Run, line: str) -> None:
+def _note(run: Run, line: str) -> None:
     """Take in one line of the report; one that makes no sense (a test may write there) is passed over."""
     try:
         entry = json.loads(line)
@@ -160,7 +176,7 @@ def _worst(one: str, other: str) -> str:
     return max(one, other, key=lambda outcome: order.index(outcome) if outcome in order else len(order))
 
 
-def _refusal(run: _Run, tests: Mapping[str, str], unstable: Sequence[str]) -> Refused:
+def _refusal(run: Run, tests: Mapping[str, str], unstable: Sequence[str]) -> Refused:
     if not tests and not unstable:
         if run.broken:
             file, why = next(iter(run.broken.items()))

@@ -16,7 +16,7 @@ from typing import Any
 from envs.env import Env, StopReason
 from envs.errors import nearest
 from envs.sandbox import make_backend
-from envs.sandbox.base import Backend, Sandbox
+from envs.sandbox.base import Backend, Changes, Sandbox
 from envs.swe.grading import REWARDS, WORST, Verdict, grade
 from envs.task import Task, load_tasks
 from envs.tiny import repairs
@@ -92,17 +92,22 @@ class SWEEnv(Env):
         self.close()
         options = options or {}
         self.task = options.get("task") or self._source(options.get("split", "train"), self.index(seed))
-        self.tools, budget = self.task.tools, self.task.budget
-        self.turn_tokens, self.context_tokens, self.turns = budget.turn_tokens, budget.tokens, budget.turns
-        if self.task.network:
-            raise ValueError(f"task {self.task.id} asks for a network, which no backend gives; set network to false")
+        statement = self._begin(self.task)
         files = self.task.files(self.task.setup)
         self._sandbox = self.backend.create(
             base=self.task.base, workdir=self.task.workdir, files=files, limits=self.task.limits
         )
         self._turns, self._malformed, self._done = 0, 0, False
-        self._deadline = time.monotonic() + budget.seconds
-        return self.task.prompt, {"task_id": self.task.id, "provenance": dict(self.task.provenance)}
+        self._deadline = time.monotonic() + self.task.budget.seconds
+        return statement, {"task_id": self.task.id, "provenance": dict(self.task.provenance)}
+
+    def _begin(self, task: Task) -> str:
+        """Take the task's tools and bounds; what the agent is asked. Raises `ValueError` for a task that can't be played."""
+        if task.network:
+            raise ValueError(f"task {task.id} asks for a network, which no backend gives; set network to false")
+        self.tools, budget = task.tools, task.budget
+        self.turn_tokens, self.context_tokens, self.turns = budget.turn_tokens, budget.tokens, budget.turns
+        return task.prompt
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """One tool call. Raises `InfraError` when the sandbox failed, `RuntimeError` after the end."""
@@ -165,7 +170,10 @@ class SWEEnv(Env):
             changes = self._sandbox.changes()
         finally:
             self.close()
-        return grade(self.task, changes, self.backend)
+        return self._grade(self.task, changes)
+
+    def _grade(self, task: Task, changes: Changes) -> Verdict:
+        return grade(task, changes, self.backend)
 
     def fork(self, n: int) -> list[Env]:
         """`n` episodes that go on from here: files, cwd and exports are copied, turns and deadline shared."""
@@ -173,7 +181,7 @@ class SWEEnv(Env):
             raise RuntimeError("fork() outside an episode; call reset() first")
         children: list[Env] = []
         for sandbox in self._sandbox.fork(n):
-            child = SWEEnv.__new__(SWEEnv)
+            child = type(self).__new__(type(self))
             child.__dict__.update(self.__dict__)
             child._sandbox = sandbox
             children.append(child)

@@ -16,10 +16,13 @@ from envs.__main__ import main
 from envs.attacks import GROUPS, Breach, Case, NotRun, Stage, run_case, run_suite, select
 from envs.errors import InfraError, Unsupported, user_errors
 from envs.sandbox import Backend, Sandbox, cgroups, make_backend
+from envs.swe.grading import Verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("native", "docker")]
 CASES = select()
+QUICK_DOCKER = ("C16", "C20", "F2")
+"""Grading is the same on every backend: on docker, these of its group show that it runs there, the command runs all."""
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -33,6 +36,8 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 def test_contained(stage: Stage, case: Case) -> None:
+    if case in GROUPS["grading"] and stage.backend.name == "docker" and case.id not in QUICK_DOCKER:
+        pytest.skip("runs on native; on docker by `python -m envs attack`")
     outcome = run_case(case, stage)
     if outcome.verdict == "not run" and case.id == "B8" and cgroups.hierarchy() is None:
         pytest.skip(outcome.why)
@@ -43,17 +48,24 @@ def test_contained(stage: Stage, case: Case) -> None:
 def test_the_list_is_whole() -> None:
     ids = [case.id for case in CASES]
     expected = [f"A{n}" for n in range(1, 13)] + [f"B{n}" for n in range(1, 15)]
-    assert ids == expected + [f"D{n}" for n in range(3, 9)] + [f"E{n}" for n in range(1, 13)]
+    expected += [f"C{n}" for n in range(1, 21)] + [f"F{n}" for n in range(1, 4)] + [f"I{n}" for n in range(1, 8)]
+    assert ids == expected + [f"D{n}" for n in range(1, 9)] + [f"E{n}" for n in range(1, 13)]
     assert all(case.title and case.expectation and "\n" not in case.expectation for case in CASES)
-    assert list(GROUPS) == ["isolation", "resources", "leakage", "tools"]
+    assert list(GROUPS) == ["isolation", "resources", "grading", "leakage", "tools"]
 
 
 # ---- the suite can fail ----
 
-spec = importlib.util.spec_from_file_location("leaky", Path(__file__).with_name("leaky.py"))
-assert spec and spec.loader
-leaky = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(leaky)
+
+def beside(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+leaky, naive = beside("leaky"), beside("naive")
 OPEN = ("A1", "A6", "A7", "D4", "D6", "D7", "B12")
 """Harmless cases that an unisolated backend must fail."""
 
@@ -94,6 +106,23 @@ class _Blind(leaky.LeakyBackend):  # type: ignore[misc, name-defined]
         sandbox = super().create()
         sandbox.run = lambda script, **_: leaky.Result(exit=1, cause="exit", head=b"")
         return sandbox
+
+
+PAID = ("C1", "C2", "C3", "C4", "C5", "C8", "C10", "C12", "C13", "F1", "F2", "F3", "I3", "I5")
+"""Cases whose first patch a text-trusting grader in the agent's box pays."""
+
+
+@pytest.mark.native
+def test_a_naive_grader_is_breached() -> None:
+    backend = make_backend("native")
+    try:
+        outcomes = run_suite(backend, ["grading"], ids=PAID, grade=naive.grade)
+        refusing = run_suite(backend, ["grading"], ids=("F1",), grade=lambda *_: Verdict(outcome="unresolved"))
+    finally:
+        backend.close()
+    assert {o.case.id: o.verdict for o in outcomes} == dict.fromkeys(PAID, "breached"), outcomes
+    assert all("resolved, reward 1" in o.why for o in outcomes)
+    assert refusing[0].verdict == "breached" and "the right solution is graded unresolved" in refusing[0].why
 
 
 class _Broken:
@@ -189,7 +218,7 @@ def test_a_breach_is_status_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     ("arguments", "said"),
     [
         (["--group", "isolatoin"], "Did you mean 'isolation'"),
-        (["--group", "grading"], "known are isolation, resources, leakage, tools"),
+        (["--group", "reward"], "known are isolation, resources, grading, leakage, tools"),
         (["--case", "A99"], "no such case"),
         (["--group", "tools", "--case", "A1"], "no such case in tools"),
         (["--backend", "dokcer"], "Did you mean 'docker'"),

@@ -17,9 +17,8 @@ def git(path: Path, *args: str) -> str:
         "-c",
         "commit.gpgSign=false",
     ]
-    return subprocess.run(
-        ["git", *options, "-C", str(path), *args], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    done = subprocess.run(["git", *options, "-C", str(path), *args], check=True, capture_output=True)
+    return done.stdout.decode(errors="surrogateescape").strip()
 
 
 def commit(path: Path, files: dict[str, bytes | None], *, tag: str = "") -> str:

@@ -23,7 +23,7 @@ from envs.sandbox import Backend, FileChange, Limits, Sandbox, cgroups, hoststor
 from envs.sandbox import docker as docker_backend
 from envs.sandbox.bases import find_base, layers_at
 from envs.sandbox.docker import DockerBackend
-from envs.sandbox.layers import layers_dir
+from envs.sandbox.layers import CAP, layers_dir, make_room
 from envs.sandbox.native import NativeBackend
 from envs.sandbox.stacked import FIRST_UID
 from envs.sandbox.unpack import unpack
@@ -71,7 +71,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     from envs.sandbox import bases
 
-    for cached in (bases._host, bases._archive_at, bases._docker_image):
+    for cached in (bases._host, bases._archive_at, bases._docker_image, bases._offered):
         cached.cache_clear()
     return layers_dir()
 
@@ -562,6 +562,11 @@ def test_an_ordinary_users_container(backend: Backend, image: str, monkeypatch: 
         assert dict(box.changes()) == {"a": FileChange(None), "b": FileChange(b"2\n3\n")}
     with mine.create(base=image, workdir="/work") as box:
         assert sh(box, "pwd; cat /repo/keep.txt") == "/work\nkeep\n"
+        frozen = box.snapshot()
+    monkeypatch.setenv(CAP, "0")
+    make_room()
+    with frozen, frozen.start() as again:  # what it stands on stayed
+        assert sh(again, "pwd; cat /repo/keep.txt") == "/work\nkeep\n"
     with pytest.raises(Unsupported, match=r"^workdir='/repo': [^\n]*start as root[^\n]*$"):
         mine.create(base=image)
     mine.close()

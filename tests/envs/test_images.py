@@ -8,7 +8,7 @@ import pytest
 from envs.sandbox import make_backend
 from envs.sandbox.capture import Entry
 from envs.sandbox.imagestore import ImageStore
-from envs.swe.discovery import Discovery, _note, _Run, _summary, discover
+from envs.swe.discovery import Discovery, Run, _note, _summary, discover
 from envs.swe.images import at_commit, environment, repository, task_image
 from envs.swe.install import Refused, missing_modules, modules
 from envs.swe.sources import Source, fetch
@@ -161,7 +161,7 @@ def test_discovery_runs_the_suite_and_keeps_what_passes(tiny, native):
 
 def test_only_what_every_run_agrees_on_is_kept():
     def run(**outcomes):
-        made = _Run(ended=True)
+        made = Run(ended=True)
         for test, outcome in outcomes.items():
             _note(made, json.dumps({"what": "start", "id": f"t.py::{test}", "doctest": test == "doc"}))
             for phase in ("pass", outcome, "pass"):

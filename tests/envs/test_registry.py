@@ -32,7 +32,7 @@ from envs.sandbox.native import NativeBackend
 from tests.envs.images import system, tar
 
 COMMAND = shutil.which("docker-registry")
-pytestmark = pytest.mark.skipif(not COMMAND, reason="no docker-registry on PATH; apt-get install docker-registry")
+pytestmark = pytest.mark.registry
 
 LAYERS = [
     tar(system()),
@@ -290,7 +290,7 @@ def test_a_token_is_fetched_where_one_is_asked_for(front: Front, tmp_path: Path)
                 valid.clear()
             else:
                 return False
-        scope = 'realm="http://%s/token",service="here",scope="repository:team/one:pull"' % front.host
+        scope = f'realm="http://{front.host}/token",service="here",scope="repository:team/one:pull"'
         return to.answer(401, WWW_Authenticate=f"Bearer {scope}")
 
     front.fault = fault
@@ -408,6 +408,7 @@ def test_a_registry_that_is_not_there(front: Front, monkeypatch: pytest.MonkeyPa
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(registry, "PATIENCE", 600.0)
         monkeypatch.setattr(registry, "CONTACT", 1.0)
+        refused(Unsupported, f"{'x' * 70}.example/team/one", "too long")
         refused(InfraError, f"127.0.0.1:{free.getsockname()[1]}/team/one", "no answer")
     refused(InfraError, "no-such-host.invalid/team/one", "no answer")
     refused(Unsupported, f"{front.host}/team/none", "no such image")

@@ -1,0 +1,202 @@
+"""From a repository to a task set that is proved: built, killed, gone on with, graded. Without network."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from envs.__main__ import main
+from envs.sandbox import make_backend
+from envs.sandbox.base import FileChange
+from envs.swe.build import parse_plan, parse_sources
+from envs.swe.grading import grade
+from envs.swe.ledger import Ledger
+from envs.swe.validate import count, gold_changes, validate_set
+from envs.task import load_tasks
+from tests.envs.gitrepo import commit, git
+from tests.envs.wheelhouse import TESTING, rewheel
+
+pytestmark = pytest.mark.docker  # the base is the engine's
+ROOT = Path(__file__).parents[2]
+SHOP = b'''"""Prices."""
+
+
+def total(prices, discount=0):
+    """The sum of prices, less a discount in percent, never below zero."""
+    full = sum(prices)
+    rest = full - full * discount / 100
+    if rest < 0:
+        return 0
+    return rest
+
+
+def cheapest(prices):
+    best = None
+    for price in prices:
+        if best is None or price < best:
+            best = price
+    return best
+'''
+TESTS = b"""import shop
+
+
+def test_total():
+    assert shop.total([1, 2]) == 3
+
+
+def test_discount():
+    assert shop.total([100, 100], discount=10) == 180
+
+
+def test_cheapest():
+    assert shop.cheapest([3, 1, 2]) == 1
+
+
+def test_nothing():
+    assert shop.cheapest([]) is None
+"""
+LATER = TESTS + b"\n\ndef test_all_of_it():\n    assert shop.total([5], discount=150) == 0\n"
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """Wheels of pytest, and nothing else to be had."""
+    pytest.importorskip("pip", reason="pip fetches the wheels")
+    wheels = tmp_path_factory.mktemp("wheels")
+    for name in TESTING:
+        rewheel(name, wheels)
+    settings = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels), "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A repository whose last commit repairs `total` and adds the test that shows it."""
+    path = tmp_path_factory.mktemp("shop")
+    broken = SHOP.replace(b"    if rest < 0:\n        return 0\n", b"")
+    commit(path, {"shop.py": broken, "test_shop.py": TESTS, "README": b"a shop\n"})
+    for name, data in {"shop.py": SHOP, "test_shop.py": LATER}.items():
+        (path / name).write_bytes(data)
+    git(path, "commit", "-qam", "Discounts above 100 percent gave negative totals\n\nSigned-off-by: t <t@t>")
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(offline, shop, tmp_path_factory):
+    """The set of two mutants, by the command."""
+    out = tmp_path_factory.mktemp("built")
+    assert main(["build", "--from", str(shop), "--tasks", "mutate:2", "--out", str(out), "--json", str(out / "j")]) == 0
+    return out
+
+
+def test_every_task_is_proved(built):
+    tasks = load_tasks(built)
+    assert len(tasks) == 2
+    for task in tasks:
+        quality = task.quality
+        assert (quality["valid"], quality["gold"], quality["no_op"]) == (True, 3, 3)
+        assert quality["alone"] == len(task.grader.fail_to_pass) >= 1
+        assert len(quality["cheats"]) >= 10 and "resolved" not in quality["cheats"].values()
+        assert set(task.grader.fail_to_pass) < set(task.grader.expected)
+    report = json.loads((built / "j").read_text())
+    assert report["ok"] and sum(row["met"] for row in report["tasks"]) == 2
+    assert {row["outcome"] for row in report["tasks"]} <= {"task", "unnoticed", "broad", "silent", "leak", "hangs"}
+
+
+@pytest.mark.parametrize("name", ["native", "docker"])
+def test_the_set_can_be_played_anywhere_it_is_carried_to(built, name, tmp_path):
+    moved = tmp_path / "elsewhere"
+    subprocess.run(["cp", "-r", built, moved], check=True)
+    task = load_tasks(moved)[0]
+    backend = make_backend(name)
+    try:
+        assert grade(task, gold_changes(task, backend), backend).outcome == "resolved"
+        verdict = grade(task, {"README": FileChange(b"changed\n")}, backend)
+        assert verdict.outcome == "unresolved"
+    finally:
+        backend.close()
+
+
+def test_the_agent_sees_the_bug_and_neither_tests_nor_repair(built, native):
+    for task in load_tasks(built):
+        gold = task.files(task.grader.gold)["shop.py"]
+        with native.create(base=task.base, workdir=task.workdir) as box:
+            now = box.read("shop.py")
+            assert now != gold == SHOP
+            lost = [line for line in gold.splitlines() if line.strip() and line not in now.splitlines()]
+            for line in lost:
+                assert line.decode().strip() not in task.prompt
+            for test in task.grader.fail_to_pass:
+                name = test.rpartition("::")[2]
+                assert b"test_cheapest" in box.read("test_shop.py") or b"test_total" in box.read("test_shop.py")
+                assert name.encode() not in box.read("test_shop.py")
+                assert box.run(f"grep -rl {name} /testbed /opt /tmp /root /home 2>/dev/null", timeout=60).text() == ""
+            assert box.run("git status --porcelain; git log --format=%s | wc -l", timeout=60).text() == "1\n"
+            assert box.run("python -m pytest -q 2>&1 | tail -1", timeout=60).text().count("failed") == 0
+
+
+def test_a_second_run_decides_nothing_again(built, shop):
+    before = (built / "tasks.jsonl").read_bytes(), (built / "ledger.jsonl").read_bytes()
+    began = time.monotonic()
+    assert main(["build", "--from", str(shop), "--tasks", "mutate:2", "--out", str(built)]) == 0
+    assert ((built / "tasks.jsonl").read_bytes(), (built / "ledger.jsonl").read_bytes()) == before
+    assert time.monotonic() - began < 60
+
+
+def test_a_killed_build_goes_on(built, shop, tmp_path):
+    command = [sys.executable, "-m", "envs", "build", "--from", str(shop), "--tasks", "mutate:2", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "ledger.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with (tmp_path / "ledger.jsonl").open("ab") as file:
+        file.write(b'{"source": "half a ro')
+    assert main(command[3:]) == 0
+    assert [task.id for task in load_tasks(tmp_path)] == [task.id for task in load_tasks(built)]
+    assert [task.base for task in load_tasks(tmp_path)] == [task.base for task in load_tasks(built)]
+
+
+def test_a_fix_in_history_becomes_a_task(offline, shop, tmp_path, native, capsys):
+    assert main(["build", "--from", str(shop), "--tasks", "history:5", "--out", str(tmp_path)]) == 0
+    (task,) = load_tasks(tmp_path)
+    assert task.prompt.startswith("Discounts above 100 percent gave negative totals") and "Signed-off" not in task.prompt
+    assert task.grader.fail_to_pass == ("test_shop.py::test_all_of_it",)
+    assert "1 tasks of 1 sources" in capsys.readouterr().out
+    with native.create(base=task.base, workdir=task.workdir) as box:
+        assert box.read("test_shop.py") == TESTS
+
+
+def test_validation_finds_what_is_wrong_with_a_task(built, native, tmp_path):
+    subprocess.run(["cp", "-r", f"{built}/.", tmp_path], check=True)
+    rows = [json.loads(line) for line in (tmp_path / "tasks.jsonl").read_text().splitlines()]
+    solved = json.loads(json.dumps(rows[0])) | {"id": "solved"}
+    solved["grader"]["fail_to_pass"], solved["grader"]["expected"] = [], {"test_shop.py::test_nothing": "pass"}
+    impossible = json.loads(json.dumps(rows[0])) | {"id": "impossible"}
+    impossible["grader"]["expected"]["test_shop.py::test_that_is_not_there"] = "pass"
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (rows[0], solved, impossible)))
+    findings = validate_set(tmp_path, native, k=1)
+    assert [finding.fault for finding in findings] == ["", "no-op", "gold"]
+    assert count(findings) == "1 valid; 1 gold, 1 no-op refused"
+    assert [task.id for task in load_tasks(tmp_path)] == [rows[0]["id"]]
+    assert {row["task"]["id"] for row in Ledger(tmp_path / "quarantine.jsonl").rows()} == {"solved", "impossible"}
+    assert [finding.ok for finding in validate_set(tmp_path, native, k=1)] == [True]
+
+
+def test_sources_and_plans_as_they_are_written() -> None:
+    assert parse_sources("pypi:a,b-c,./d,pypi:e") == ["pypi:a", "pypi:b-c", "./d", "pypi:e"]
+    assert parse_plan("history:7") == ("history", 7)
+    for text in ("mutate:0", "mutate:x", "invent:3", ""):
+        with pytest.raises(ValueError, match="--tasks"):
+            parse_plan(text)
+    with pytest.raises(ValueError, match="--from"):
+        parse_sources(",")
