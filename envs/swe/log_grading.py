@@ -24,14 +24,13 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from envs.env import Outcome
 from envs.errors import SandboxDead
 from envs.sandbox.base import Backend, Changes, FileChange, Result, Sandbox
 from envs.swe import patches
-from envs.swe.grading import DROPPED_NAMES, Verdict, keep
+from envs.swe.grading import MAX_PATCH, Verdict, keep
 from envs.swe.grading import grade as any_grade
 from envs.swe.log_parsers import END, EXIT, FAILING, PASSING, READERS, START, Report, official, status_of
 from envs.task import Task
@@ -100,8 +99,8 @@ def evaluate(task: Task, changes: Changes, backend: Backend) -> Evaluation:
 def kept_of(task: Task, changes: Changes, gold: set[str]) -> tuple[dict[str, FileChange], list[str]]:
     """The changes that are graded and the paths that are not; runner configuration that gold touches is."""
     kept, dropped = keep(changes, task.grader.protected)
-    ours = {p for p in dropped if p in gold and Path(p).name in DROPPED_NAMES and p not in kept}
-    ours -= {p for p in ours if glob.escape(p) in task.grader.protected}
+    own = [p for p in dropped if p in gold and not patches.unsafe(p) and glob.escape(p) not in task.grader.protected]
+    ours = {p for p in own if len(changes[p].data or b"") <= MAX_PATCH}
     graded = {p: FileChange(c.data, c.mode & 0o777) for p, c in changes.items() if p in kept or p in ours}
     return graded, [p for p in dropped if p not in ours]
 
