@@ -176,22 +176,26 @@ def _validated(
         for name, changes in (("gold", gold.changes), ("no-op", {})):
             made[name] = log_grading.evaluate(task, changes, backend)
             lap(name)
-            (out / "logs" / f"{task.id}.{name}.txt").write_text(made[name].log)
+            (out / "logs" / f"{task.id}.{name}.txt").write_text(made[name][0].log)
     except (ValueError, CodeworldError) as error:
         outcome = "infra" if isinstance(error, InfraError) else "refused"
         return {**record, "outcome": outcome, "why": " ".join(str(error).split())}
-    outcomes = {name: found.verdict.outcome for name, found in made.items()}
+    outcomes = {name: verdict.outcome for name, (verdict, _) in made.items()}
     record["outcome"] = ", ".join(f"{name} {outcome}" for name, outcome in outcomes.items())
-    record["peer"] = peer.regrade(task, {name: (found.log, found.official) for name, found in made.items()}, python)
+    record["peer"] = peer.regrade(
+        task, {name: (verdict.log, report.resolved) for name, (verdict, report) in made.items()}, python
+    )
     right = {"gold": "resolved", "no-op": "unresolved"}
-    wrong = [f"{name}: {found.verdict.why}" for name, found in made.items() if outcomes[name] != right[name]]
+    wrong = [f"{name}: {verdict.why}" for name, (verdict, _) in made.items() if outcomes[name] != right[name]]
     if wrong and record.get("dropped"):
         wrong.append(f"not installed: {record['dropped']}")
     record["why"] = "; ".join(wrong)
     record["image"] = task.base
     if official:
         lap("grader")
-        record["official"] = _command_line(task, {name: f.official for name, f in made.items()}, out, python)
+        record["official"] = _command_line(
+            task, {name: report.resolved for name, (_, report) in made.items()}, out, python
+        )
         lap("swebench eval")
     record["met"] = record["outcome"] == EXPECTED and "differs" not in (record["peer"], record.get("official"))
     return record

@@ -11,7 +11,7 @@ import pytest
 from envs.sandbox.base import FileChange
 from envs.swe import log_grading, patches, swe_bench
 from envs.swe.env import SWEEnv
-from envs.swe.grading import grade
+from envs.swe.grading import filtered, grade
 from envs.swe.importers import Refused, load_rows
 from envs.swe.log_parsers import END, START
 from envs.task import sha256
@@ -406,10 +406,10 @@ def test_runner_scripts_are_not_an_attempts_to_change():
     names = ("instance_id", "base_commit", "test_patch", "problem_statement", "FAIL_TO_PASS", "PASS_TO_PASS")
     classic = {name: row()[name] for name in names} | {"repo": "sympy/sympy", "version": "1.12", "patch": GOLD}
     mine = {**changed("bin/test", b"print('test_add ok')"), **RIGHT}
-    kept, dropped = log_grading.kept_of(swe_bench.task_of(classic, "row"), mine, {"calc.py"})
+    kept, dropped = filtered(swe_bench.task_of(classic, "row"), mine)
     assert set(kept) == {"calc.py"} and dropped == ["bin/test"]
     classic["patch"] = GOLD.replace("calc.py", "bin/test")
-    assert not log_grading.kept_of(swe_bench.task_of(classic, "row"), mine, {"bin/test"})[1]
+    assert not filtered(swe_bench.task_of(classic, "row"), mine)[1]
 
 
 # ---- predictions ----
