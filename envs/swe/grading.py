@@ -153,6 +153,8 @@ def guarded(task: Task) -> tuple[set[str], tuple[str, ...]]:
 
 def filtered(task: Task, changes: Changes) -> tuple[dict[str, FileChange], list[str]]:
     """What of an attempt is graded, and the paths that are left out. Attempts of which the same is kept get the same grade."""
+    if task.grader.kind == "swe_bench":
+        return importlib.import_module("envs.swe.log_grading").kept_of(task, changes)  # type: ignore[no-any-return]
     owned, globs = guarded(task)
     return keep(changes, globs, owned)
 

@@ -18,22 +18,20 @@ the test files.
 from __future__ import annotations
 
 import ast
-import difflib
 import glob
 import re
-import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from envs.env import Outcome
 from envs.errors import SandboxDead
-from envs.sandbox.base import Backend, Changes, FileChange, Result, Sandbox
+from envs.sandbox.base import Backend, Changes, FileChange, Result
 from envs.swe import patches
-from envs.swe.grading import DROPPED_NAMES, Verdict, keep
+from envs.swe.grading import MAX_PATCH, Verdict, apply, keep
 from envs.swe.grading import grade as any_grade
-from envs.swe.log_parsers import END, EXIT, FAILING, PASSING, START, Report, official, status_of
+from envs.swe.log_parsers import END, EXIT, FAILING, PASSING, READERS, START, Report, official, status_of
+from envs.swe.similarity import patch_similarity
 from envs.task import Task
 
 _QUIET = ("git show", "git status", "git -c core.fileMode=false diff")
@@ -56,47 +54,52 @@ def instrumented(script: str, control: bool = False) -> str:
     return "\n".join([*lines, 'exit "$CODEWORLD_EXIT"']) + "\n"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """A verdict, and the log that the official rule read."""
-
-    verdict: Verdict
-    log: str
-    official: bool
-    """What the official rule says of the log: resolved."""
-
-
 def grade(task: Task, changes: Changes, backend: Backend) -> Verdict:
     """Judge an attempt at a task whose grader is "swe_bench". Raises `InfraError` when a sandbox failed."""
-    return evaluate(task, changes, backend).verdict
+    return evaluate(task, changes, backend)[0]
 
 
-def evaluate(task: Task, changes: Changes, backend: Backend) -> Evaluation:
-    """As `grade`, with the log."""
+def evaluate(task: Task, changes: Changes, backend: Backend) -> tuple[Verdict, Report]:
+    """As `grade`, with what the official rule alone says of the log. Raises `ValueError` for a task whose log could not be
+    read."""
     script = task.blob(task.grader.script, "script").decode()
-    gold = patches.sections(task.blob(task.grader.gold_patch, "gold_patch").decode()) if task.grader.gold_patch else []
-    kept, dropped = kept_of(task, changes, {section.path for section in gold})
-    result, before = _run(task, kept, instrumented(script), backend, [s.path for s in gold])
+    if task.grader.parser not in READERS or START not in script or END not in script:
+        raise ValueError(
+            f"task {task.id}: its script prints no markers, or its parser {task.grader.parser!r} is none of"
+            f" {', '.join(READERS)}; import it again"
+        )
+    gold = _gold(task)
+    kept, dropped = kept_of(task, changes)
+    result, before = _run(task, kept, instrumented(script), backend, patches.paths(gold))
     outcome, why, report = judge(task, result)
     if outcome == "resolved":
         why = _forged(task, kept, script, report, backend)
         outcome = "invalid" if why else outcome
+    old, mine = ({path: change.data for path, change in side.items()} for side in (before, kept))
     verdict = Verdict(
         outcome=outcome,
         why=why,
         passed=report.passed,
         kept=kept,
         dropped=tuple(dropped),
-        similarity=1.0 if outcome == "resolved" else similarity(gold, before, kept),
+        similarity=1.0 if outcome == "resolved" else patch_similarity(old, mine, gold),
+        seconds=result.wall,
+        log=result.text(),
     )
-    return Evaluation(verdict=verdict, log=result.text(), official=report.resolved)
+    return verdict, report
 
 
-def kept_of(task: Task, changes: Changes, gold: set[str]) -> tuple[dict[str, FileChange], list[str]]:
-    """The changes that are graded and the paths that are not; runner configuration that gold touches is."""
+def _gold(task: Task) -> str:
+    """The gold patch; "" where there is none."""
+    return task.blob(task.grader.gold_patch, "gold_patch").decode() if task.grader.gold_patch else ""
+
+
+def kept_of(task: Task, changes: Changes) -> tuple[dict[str, FileChange], list[str]]:
+    """The changes that are graded, and the paths that are not. Runner configuration that gold touches is."""
     kept, dropped = keep(changes, task.grader.protected)
-    ours = {p for p in dropped if p in gold and Path(p).name in DROPPED_NAMES and p not in kept}
-    ours -= {p for p in ours if glob.escape(p) in task.grader.protected}
+    gold = set(patches.paths(_gold(task)))
+    own = [p for p in dropped if p in gold and not patches.unsafe(p) and glob.escape(p) not in task.grader.protected]
+    ours = {p for p in own if len(changes[p].data or b"") <= MAX_PATCH}
     graded = {p: FileChange(c.data, c.mode & 0o777) for p, c in changes.items() if p in kept or p in ours}
     return graded, [p for p in dropped if p not in ours]
 
@@ -140,8 +143,8 @@ def _run(
     limits = replace(task.limits, output_kb=4096)
     with backend.create(base=task.base, workdir=task.workdir, files=task.files(task.setup), limits=limits) as sandbox:
         before = patches.originals(sandbox, list(wanted))
-        put(sandbox, kept)
-        put(sandbox, {path: FileChange(data) for path, data in task.files(task.grader.hidden).items()})
+        hidden = {path: FileChange(data) for path, data in task.files(task.grader.hidden).items()}
+        apply(sandbox, task.workdir, {**kept, **hidden})
         sandbox.write(f"{_PLACE}/eval.sh", script.encode())
         for path, data in (control or {}).items():
             sandbox.write(f"{_PLACE}/control/{path}", data)
@@ -149,19 +152,6 @@ def _run(
     if result.cause == "dead":
         raise SandboxDead(f"the grading sandbox of {task.id} died")
     return result, before
-
-
-def put(sandbox: Sandbox, kept: Mapping[str, FileChange]) -> None:
-    """Apply changes to a sandbox's work directory; what can't be there (below a file, a full disk) is left out."""
-    gone = [shlex.quote("./" + path) for path, change in kept.items() if change.data is None]
-    for i in range(0, len(gone), 500):
-        sandbox.run("rm -f -- " + " ".join(gone[i : i + 500]), timeout=60)
-    for path, change in kept.items():
-        if change.data is not None:
-            try:
-                sandbox.write("./" + path, change.data, mode=change.mode)
-            except OSError:
-                continue
 
 
 def _forged(task: Task, kept: Mapping[str, FileChange], script: str, report: Report, backend: Backend) -> str:
@@ -239,29 +229,6 @@ class _Control(ast.NodeTransformer):
         return node
 
     visit_FunctionDef = visit_AsyncFunctionDef = _function
-
-
-def similarity(gold: list[patches.Section], before: Mapping[str, FileChange], kept: Mapping[str, FileChange]) -> float:
-    """Mean over the gold patch's files of the sequence ratio between the two unified diffs; a missing side counts 0.
-
-    Source: facebookresearch/cwm `cwm/rl/swerl/similarities.py` (after swe-rl): only files of the gold patch count.
-    """
-    ratios = []
-    for section in gold:
-        mine = kept.get(section.path)
-        if mine is None or mine.data is None:
-            ratios.append(float(mine is not None and section.new is None))
-            continue
-        start = before.get(section.path, FileChange(b"")).data or b""
-        old, new = (data[: 1 << 17].decode("utf-8", "replace").splitlines() for data in (start, mine.data))
-        lines = [
-            line
-            for line in difflib.unified_diff(old, new, lineterm="", n=3)
-            if not line.startswith(("---", "+++", "@@"))
-        ]
-        text, right = "\n".join(lines)[: 1 << 14], "\n".join(section.lines)[: 1 << 14]
-        ratios.append(difflib.SequenceMatcher(None, text, right, autojunk=False).ratio())
-    return sum(ratios) / len(ratios) if ratios else 0.0
 
 
 def grade_patch(task: Task, patch: str, backend: Backend) -> Verdict:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ def validate_rows(
         python: one that has swebench 5, which grades the same logs; "": this one, where it has it.
         official: also run `swebench eval` on the images, in a Docker engine, for gold and no-op.
 
+    Rows that can't be a task or built are "refused", those whose sandbox failed "infra", which the next run tries again.
     A record has id, expected, outcome, met, why (as `python -m envs validate --json`), `seconds` of each part and `peer`:
     "same", "differs", or "skipped: why". Raises `ValueError` for files that can't be read.
     """
@@ -62,31 +63,33 @@ def validate_rows(
     done = {record["id"]: record for record in _read(results)}
     store, builder = ImageStore(out / "images"), _Builder(Path(repos), out, backend, base)
     offer(store.directory)
+    tasks = {row.id for row in found if isinstance(row, Task)}
     records = []
     for row in found:
         if wanted is not None and row.id not in wanted:
             continue
-        name = row.id or (f"row {row.row}" if isinstance(row, Refused) else "")
+        name = f"row {row.row} {row.id}".strip() if isinstance(row, Refused) and row.id in tasks | {""} else row.id
         if name not in done:
-            record = (
-                _refused(name, row.why)
-                if isinstance(row, Refused)
-                else _validated(row, builder, backend, out, python, official)
-            )
-            with results.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            done[name] = record
-            report(_line(record))
+            if isinstance(row, Refused):
+                done[name] = _refused(name, row.why)
+            else:
+                done[name] = _validated(row, builder, backend, out, python, official)
+            if done[name]["outcome"] != "infra":  # else it is tried again by the next run
+                with results.open("a") as file:
+                    file.write(json.dumps(done[name]) + "\n")
+            report(_line(done[name]))
         records.append(done[name])
+    report(f"{_counts(records)} of {len(records)} rows; logs in {out / 'logs'}")
+    return records
+
+
+def _counts(records: Sequence[Mapping[str, Any]]) -> str:
+    """How many rows ended in which way."""
     counts: dict[str, int] = {}
     for record in records:
-        kind = "as expected" if record["met"] else record["outcome"].partition(":")[0]
+        kind = "as expected" if record["met"] else str(record["outcome"])
         counts[kind] = counts.get(kind, 0) + 1
-    report(
-        ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-        + f" of {len(records)} rows; logs in {out / 'logs'}"
-    )
-    return records
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "0"
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -133,8 +136,8 @@ class _Builder:
                     return path
         raise ValueError(f"{self.repos}: no clone of {repo}; clone it to {self.repos / names[0]}")
 
-    def image(self, task: Task) -> str:
-        """The image of a row. Raises `ValueError` (of which `Refused` is one), one line."""
+    def image(self, task: Task) -> tuple[str, str]:
+        """The image of a row, and what could not be installed. Raises `ValueError`, one line."""
         repo, commit = task.provenance["repo"], task.provenance["commit"]
         known = swe_bench.REPOSITORIES.get(repo)
         if known is None:
@@ -144,7 +147,8 @@ class _Builder:
         env = images.environment(
             self.store, self._base, source, self.backend, cache=self.out / "cache", needs=known.needs
         )
-        return images.task_image(self.store, env.digest, {**source.tree(), **env.made}, {})
+        digest = images.task_image(self.store, env.digest, {**source.tree(), **env.made}, {})
+        return digest, "; ".join(env.dropped)
 
 
 def _validated(
@@ -160,7 +164,8 @@ def _validated(
 
     try:
         if not task.base:
-            task = swe_bench.with_image(task, builder.image(task))
+            base, record["dropped"] = builder.image(task)
+            task = swe_bench.with_image(task, base)
         lap("build")
         gold = patches.patch_changes(task, task.blob(task.grader.gold_patch, "gold patch").decode(), backend)
         if gold.why:
@@ -171,24 +176,26 @@ def _validated(
         for name, changes in (("gold", gold.changes), ("no-op", {})):
             made[name] = log_grading.evaluate(task, changes, backend)
             lap(name)
-            (out / "logs" / f"{task.id}.{name}.txt").write_text(made[name].log)
-    except (ValueError, InfraError, CodeworldError) as error:
-        return {**record, "why": " ".join(str(error).split())}
-    outcomes = {name: found.verdict.outcome for name, found in made.items()}
+            (out / "logs" / f"{task.id}.{name}.txt").write_text(made[name][0].log)
+    except (ValueError, CodeworldError) as error:
+        outcome = "infra" if isinstance(error, InfraError) else "refused"
+        return {**record, "outcome": outcome, "why": " ".join(str(error).split())}
+    outcomes = {name: verdict.outcome for name, (verdict, _) in made.items()}
     record["outcome"] = ", ".join(f"{name} {outcome}" for name, outcome in outcomes.items())
-    record["peer"] = peer.regrade(task, {name: (found.log, found.official) for name, found in made.items()}, python)
-    record["why"] = next(
-        (
-            f.verdict.why
-            for name, f in made.items()
-            if f.verdict.outcome != dict(zip(outcomes, ("resolved", "unresolved"), strict=True))[name]
-        ),
-        "",
+    record["peer"] = peer.regrade(
+        task, {name: (verdict.log, report.resolved) for name, (verdict, report) in made.items()}, python
     )
+    right = {"gold": "resolved", "no-op": "unresolved"}
+    wrong = [f"{name}: {verdict.why}" for name, (verdict, _) in made.items() if outcomes[name] != right[name]]
+    if wrong and record.get("dropped"):
+        wrong.append(f"not installed: {record['dropped']}")
+    record["why"] = "; ".join(wrong)
     record["image"] = task.base
     if official:
         lap("grader")
-        record["official"] = _command_line(task, {name: f.official for name, f in made.items()}, out, python)
+        record["official"] = _command_line(
+            task, {name: report.resolved for name, (_, report) in made.items()}, out, python
+        )
         lap("swebench eval")
     record["met"] = record["outcome"] == EXPECTED and "differs" not in (record["peer"], record.get("official"))
     return record

@@ -56,12 +56,18 @@ class Repository:
     """(version of the repository, Python that the benchmark runs it on from there), ascending."""
     needs: tuple[str, ...] = ()
     """What its tests need beside what it declares, as requirements."""
+    older: tuple[str, str] = ("0", "")
+    """(version, test command of what is older)."""
     runner: tuple[str, ...] = ()
     """Files of the repository that run its tests: not an attempt's to change, unless gold does."""
 
 
 REPOSITORIES = {
-    "astropy/astropy": Repository("pytest_v2", python=(("0", "3.6"), ("3.0", "3.9"), ("5.3", "3.10"))),
+    "astropy/astropy": Repository(
+        "pytest_v2",
+        python=(("0", "3.6"), ("3.0", "3.9"), ("5.3", "3.10")),
+        older=("3.0", "pytest -rA -vv -o console_output_style=classic --tb=no"),
+    ),
     "django/django": Repository(
         "django",
         "./tests/runtests.py --verbosity 2 --settings=test_sqlite --parallel 1",
@@ -121,11 +127,17 @@ _NO_TESTS = (".json", ".png", "csv", ".txt", ".md", ".jpg", ".jpeg", ".pkl", ".y
 
 def python_of(repo: str, version: str) -> str:
     """The Python that the benchmark runs this version of a repository on."""
+    return [python for since, python in REPOSITORIES[repo].python if _number(since) <= _number(version)][-1]
 
-    def number(text: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", text)]
 
-    return [python for since, python in REPOSITORIES[repo].python if number(since) <= number(version)][-1]
+def command_of(repo: str, version: str) -> str:
+    """The test command of this version of a repository."""
+    known = REPOSITORIES[repo]
+    return known.older[1] if _number(version) < _number(known.older[0]) else known.command
+
+
+def _number(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 # ---- rows → tasks ----
@@ -155,7 +167,7 @@ def task_of(row: Mapping[str, Any], where: str) -> Task:
         if repo not in REPOSITORIES:
             known = ", ".join(REPOSITORIES)
             raise ValueError(f"{where}: unknown repository {repo!r}; a classic row is of {known}")
-        script, parser = evaluation(repo, test_patch, where), REPOSITORIES[repo].parser
+        script, parser = evaluation(repo, str(row["version"]), test_patch, where), REPOSITORIES[repo].parser
     gold = str(row["patch"])
     runner = REPOSITORIES[repo].runner if repo in REPOSITORIES else ()
     return log_task(
@@ -240,7 +252,7 @@ def with_image(task: Task, base: str) -> Task:
     return replace(task, base=base)
 
 
-def evaluation(repo: str, test_patch: str, where: str) -> str:
+def evaluation(repo: str, version: str, test_patch: str, where: str) -> str:
     """The evaluation script of a classic row: reset the test files, apply the test patch, run the tests, reset again.
 
     A test patch that holds no file of tests, but their data, runs all tests.
@@ -251,7 +263,7 @@ def evaluation(repo: str, test_patch: str, where: str) -> str:
         raise ValueError(f"{where}: its test_patch names no file")
     if repo == "django/django":
         files = [f.removesuffix(".py").removeprefix("tests/").replace("/", ".") for f in files]
-    command = " ".join([REPOSITORIES[repo].command, *map(shlex.quote, files)])
+    command = " ".join([command_of(repo, version), *map(shlex.quote, files)])
     return script_of(test_patch, command)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from envs.errors import SandboxDead
 from envs.sandbox.archives import offer
 from envs.sandbox.capture import Entry, tree_layer
 from envs.sandbox.imagestore import ImageStore
@@ -90,6 +91,26 @@ def test_rows_are_graded_counted_and_not_graded_again(native, tmp_path, image, m
     monkeypatch.undo()
     results.write_bytes(whole[:-20])  # as a kill may leave it
     assert run().keys() == first.keys() and results.read_bytes().count(b"\n") == 5
+
+
+def test_a_sandbox_that_fails_is_tried_again(native, tmp_path, image, monkeypatch):
+    (tmp_path / "rows.json").write_text(json.dumps([{**ROW, "image": image}] * 2))
+
+    def fails(*_):
+        raise SandboxDead("gone")
+
+    def run():
+        return rows.validate_rows(
+            tmp_path / "rows.json", tmp_path, tmp_path / "out", native, python="/bin/false", report=lambda _: None
+        )
+
+    monkeypatch.setattr(log_grading, "evaluate", fails)
+    assert [(r["id"], r["outcome"], r["met"]) for r in run()] == [
+        ("me__add-1", "infra", False),
+        ("row 2 me__add-1", "refused", False),
+    ]
+    monkeypatch.undo()
+    assert [(r["id"], r["met"]) for r in run()] == [("me__add-1", True), ("row 2 me__add-1", False)]
 
 
 def test_what_can_not_be_built_is_a_line(native, tmp_path):

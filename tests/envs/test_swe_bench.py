@@ -10,7 +10,8 @@ import pytest
 
 from envs.sandbox.base import FileChange
 from envs.swe import log_grading, patches, swe_bench
-from envs.swe.grading import grade
+from envs.swe.env import SWEEnv
+from envs.swe.grading import filtered, grade
 from envs.swe.importers import Refused, load_rows
 from envs.swe.log_parsers import END, START
 from envs.task import sha256
@@ -223,6 +224,26 @@ def test_changes_are_applied_whole(native):
     assert grade(made, {p: c for p, c in mine.items() if p != "notes.txt"}, native).outcome == "unresolved"
 
 
+def test_an_episode_ends_with_the_verdict(native):
+    env = SWEEnv(tasks=[task()], backend=native, reward="binary")
+    try:
+        prompt, _ = env.reset(seed=0)
+        assert prompt == "add subtracts"
+        env.step(
+            "<tool: bash>\nsed -i 's/a - b/a + b/' calc.py; printf 'import os; os._exit(0)' > conftest.py\n</tool>"
+        )
+        _, reward, terminated, _, info = env.step("<tool: submit>\n</tool>")
+        assert (reward, terminated, info["outcome"], info["dropped"]) == (1.0, True, "resolved", ["conftest.py"])
+    finally:
+        env.close()
+
+
+def test_a_task_whose_log_could_not_be_read_is_one_line(native):
+    made = task()
+    with pytest.raises(ValueError, match="its parser 'none' is none of pytest, "):
+        grade(replace(made, grader=replace(made.grader, parser="none")), {}, native)
+
+
 # ---- patches ----
 
 
@@ -385,10 +406,10 @@ def test_runner_scripts_are_not_an_attempts_to_change():
     names = ("instance_id", "base_commit", "test_patch", "problem_statement", "FAIL_TO_PASS", "PASS_TO_PASS")
     classic = {name: row()[name] for name in names} | {"repo": "sympy/sympy", "version": "1.12", "patch": GOLD}
     mine = {**changed("bin/test", b"print('test_add ok')"), **RIGHT}
-    kept, dropped = log_grading.kept_of(swe_bench.task_of(classic, "row"), mine, {"calc.py"})
+    kept, dropped = filtered(swe_bench.task_of(classic, "row"), mine)
     assert set(kept) == {"calc.py"} and dropped == ["bin/test"]
     classic["patch"] = GOLD.replace("calc.py", "bin/test")
-    assert not log_grading.kept_of(swe_bench.task_of(classic, "row"), mine, {"bin/test"})[1]
+    assert not filtered(swe_bench.task_of(classic, "row"), mine)[1]
 
 
 # ---- predictions ----
