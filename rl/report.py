@@ -30,14 +30,14 @@ COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706")
 Curve = tuple[str, list[tuple[float, float]]]
 
 
-def chart(title: str, curves: Sequence[Curve], width: int = 380, height: int = 200) -> str:
-    """An SVG line chart of named curves of (x, y) points."""
+def chart(title: str, curves: Sequence[Curve], width: int = 380, height: int = 200, high: float | None = None) -> str:
+    """An SVG line chart of named curves of (x, y) points; `high` is the axis' end, by default the highest point."""
     points = [p for _, c in curves for p in c]
     if not points:
         return ""
     left, right, top, bottom = 46, 8, 24, 22
     x1 = max(1.0, *(x for x, _ in points))
-    low, high = min(0.0, *(y for _, y in points)), max(y for _, y in points)
+    low, high = min(0.0, *(y for _, y in points)), max(y for _, y in points) if high is None else high
     high = high if high > low else low + 1
 
     def at(x: float, y: float) -> tuple[float, float]:
