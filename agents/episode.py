@@ -105,7 +105,7 @@ def _play(
             trajectory.reward = total
             trajectory.stop = str(info.get("stop", "submitted" if terminated else "turn_limit"))
             trajectory.outcome = str(info.get("outcome", "resolved" if total > 0 else "unresolved"))
-            trajectory.info |= {k: info[k] for k in ("why", "similarity", "dropped") if info.get(k)}
+            trajectory.info |= _kept(info)
             return None
         shown = words.observation(text, turns - trajectory.turns, context - len(segment))
         segment.observe(renderer.extend(completion.token_ids[-1], f"tool: {info.get('tool', 'bash')}", shown))
@@ -117,3 +117,9 @@ def _truncate(env: gymnasium.Env[str, str], trajectory: Trajectory, total: float
     reward, info = finish(stop) if finish else (0.0, {})
     trajectory.reward, trajectory.stop = total + finite(reward), stop
     trajectory.outcome = str(info.get("outcome", "unresolved"))
+    trajectory.info |= _kept(info)
+
+
+def _kept(info: dict[str, Any]) -> dict[str, Any]:
+    """What is put on record of an environment's last word; `notes` is whatever the environment wants there, as JSON."""
+    return {k: info[k] for k in ("why", "similarity", "dropped", "notes") if info.get(k)}

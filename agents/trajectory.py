@@ -78,7 +78,7 @@ class Trajectory:
     """How the episode ended: submitted, answered, turn_limit, context_limit, format_error, timeout, infra, cancelled."""
     turns: int = 0
     info: dict[str, Any] = field(default_factory=dict)
-    """For people: reasons, timings, names. Nothing is computed from it."""
+    """For people and measurements: reasons, timings, names, an environment's `notes`. Training computes nothing from it."""
 
     @property
     def action_tokens(self) -> int:

@@ -22,18 +22,22 @@ CHARTS = (
     ("Oldest token, versions", ("staleness_max",)),
     ("Turns", ("turns",)),
 )
+CHART_STYLE = (
+    ".t{font-weight:600;font-size:12px}.y{font-size:10px;text-anchor:end;fill:#555}.l{font-size:10px}.g{stroke:#eee}"
+)
+"""What the classes of a `chart` look like."""
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706")
 Curve = tuple[str, list[tuple[float, float]]]
 
 
-def chart(title: str, curves: Sequence[Curve], width: int = 380, height: int = 200) -> str:
-    """An SVG line chart of named curves of (x, y) points."""
+def chart(title: str, curves: Sequence[Curve], width: int = 380, height: int = 200, high: float | None = None) -> str:
+    """An SVG line chart of named curves of (x, y) points; `high` is the axis' end, by default the highest point."""
     points = [p for _, c in curves for p in c]
     if not points:
         return ""
     left, right, top, bottom = 46, 8, 24, 22
     x1 = max(1.0, *(x for x, _ in points))
-    low, high = min(0.0, *(y for _, y in points)), max(y for _, y in points)
+    low, high = min(0.0, *(y for _, y in points)), max(y for _, y in points) if high is None else high
     high = high if high > low else low + 1
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -101,7 +105,7 @@ def write_report(directory: Path, renderer: Renderer) -> Path:
     glossary = "".join(f"<tr><td><code>{k}</code></td><td>{html.escape(v)}</td></tr>" for k, v in GLOSSARY.items())
     style = (
         "body{font:14px system-ui;max-width:1200px;margin:2em auto;color:#111}svg{width:380px;border:1px solid #e5e7eb;margin:4px}"
-        ".t{font-weight:600;font-size:12px}.y{font-size:10px;text-anchor:end;fill:#555}.l{font-size:10px}.g{stroke:#eee}"
+        f"{CHART_STYLE}"
         ".bar>div{display:flex;height:22px;margin-bottom:6px}.bar span{overflow:hidden;color:#111;font-size:11px;padding:3px}"
         "pre{background:#f8fafc;padding:1em;white-space:pre-wrap}pre i{font-style:normal;color:#64748b}td{padding:2px 8px}"
     )

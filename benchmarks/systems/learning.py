@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,16 @@ def distinct(split: str, n: int) -> list[int]:
 class Lab:
     """Trains and plays; every result is a small JSON file in `out`, made once."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.out = args, args.out.absolute()
+    NAME = NAME
+
+    def __init__(self, args: argparse.Namespace, overrides: Sequence[str] = (), about: str = "") -> None:
+        """`overrides` of the recipe hold for all that is trained and played; `about` says what else parts depend on.
+        `ValueError` where `out` holds parts of another measurement."""
+        self.args, self.out, self.overrides = args, args.out.absolute(), tuple(overrides)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.config = load(ROOT / args.recipe)
+        self.config = load(ROOT / args.recipe, self.overrides)
         weights = hashlib.sha256((self.config.model / "model.safetensors").read_bytes()).hexdigest()
-        measured = f"# {args.tasks} tasks, warm start {weights}\n{dump(self.config)}"
+        measured = f"# {args.tasks} tasks{about}, warm start {weights}\n{dump(self.config)}"
         kept = self.out / "measured.toml"
         if kept.exists() and kept.read_text() != measured:
             raise ValueError(
@@ -86,7 +91,7 @@ class Lab:
         """The finished part `name`, or make it."""
         path = self.out / f"{name}.json"
         if not path.exists():
-            print(f"learning: {name}", flush=True)
+            print(f"{self.NAME}: {name}", flush=True)
             result = make()
             partial = path.with_suffix(".tmp")
             partial.write_text(json.dumps(result))
@@ -103,6 +108,7 @@ class Lab:
                 str(ROOT / self.args.recipe),
                 f"--runs={self.out}",
                 f"--name={name}",
+                *(f"--{override}" for override in self.overrides),
                 *overrides,
             ]
             resume = ["--resume"] if (self.out / name / "journal.sqlite").exists() else []
