@@ -59,7 +59,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.backend:
         backend = make_backend(name)
         try:
-            rows += [*single(backend, task_of(toy, "toy"), args.repeats, peer), *throughput(backend, task_of(toy, "toy"))]
+            rows += [
+                *single(backend, task_of(toy, "toy"), args.repeats, peer),
+                *throughput(backend, task_of(toy, "toy")),
+            ]
         finally:
             backend.close()
     return {"rows": rows, "peer": PEER}
@@ -228,5 +231,3 @@ def _call(command: list[str], timeout: float, **options: Any) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
     if done.returncode:
         raise InfraError(f"{' '.join(command[:3])}: {' '.join((done.stderr or done.stdout).split())[-300:]}")
-
-
