@@ -30,7 +30,7 @@ from envs.env import Outcome
 from envs.errors import InfraError, SandboxDead
 from envs.sandbox.base import Backend, Changes, FileChange, Result, Sandbox
 from envs.swe import reporter
-from envs.swe.sentinels import Twins, base_id, parameters, twins
+from envs.swe.sentinels import MOST, Twins, base_id, parameters, twins
 from envs.swe.similarity import diffs, patch_similarity
 from envs.task import Task
 
@@ -176,8 +176,11 @@ def apply(sandbox: Sandbox, workdir: str, changes: Changes) -> None:
                 raise InfraError(f"{path} can't be written in a fresh sandbox: {error.strerror}") from error
 
 
-def grade(task: Task, changes: Changes, backend: Backend, *, rng: random.Random | None = None) -> Verdict:
-    """Judge an attempt in a fresh sandbox. Raises `InfraError` when the sandbox failed, never for what the attempt did;
+def grade(
+    task: Task, changes: Changes, backend: Backend, *, rng: random.Random | None = None, most: int = MOST
+) -> Verdict:
+    """Judge an attempt in a fresh sandbox. most: tests that get a sentinel and a control; with all of them, a right solution
+    shows in `suspects` whose copies can't be trusted. Raises `InfraError` when the sandbox failed, never for what the attempt did;
     `ValueError` for a task whose test command is neither pytest's nor the tiny runner's."""
     if task.grader.kind == "swe_bench":
         return importlib.import_module("envs.swe.log_grading").grade(task, changes, backend)  # type: ignore[no-any-return]
@@ -193,7 +196,7 @@ def grade(task: Task, changes: Changes, backend: Backend, *, rng: random.Random 
         files = sorted(path for path in owned if path not in hidden or hidden[path].data is not None)
         sources = {path: hidden[path].data if path in hidden else read(path) for path in files}
         old = {path: read(path) for path in (diffs(gold) if isinstance(gold, str) else gold)}
-        copies = _twins(task, {path: data for path, data in sources.items() if data}, rng)
+        copies = _twins(task, {path: data for path, data in sources.items() if data}, rng, most)
         apply(sandbox, task.workdir, {**kept, **hidden, **{p: FileChange(data) for p, data in copies.files.items()}})
         result, found = (_run_tiny if is_tiny(task) else _run_pytest)(sandbox, task, files, copies, rng)
     if result.cause == "dead":
@@ -242,12 +245,12 @@ def _read(sandbox: Sandbox, task: Task, start: Mapping[str, bytes], path: str) -
         return None
 
 
-def _twins(task: Task, sources: Mapping[str, bytes], rng: random.Random) -> Twins:
+def _twins(task: Task, sources: Mapping[str, bytes], rng: random.Random, most: int) -> Twins:
     expected, tiny = task.grader.expected, is_tiny(task)
     wanted = task.grader.fail_to_pass or tuple(test for test, want in expected.items() if want == "pass")
     if tiny:
         return twins(sources, expected, rng, most=len(expected), controls=False)
-    return twins(sources, wanted, rng, without=task.quality.get("untwinned", ()))
+    return twins(sources, wanted, rng, most=most, without=task.quality.get("untwinned", ()))
 
 
 def _run_tiny(
@@ -326,7 +329,7 @@ def judge(
     passed = [test for test, want in expected.items() if found.get(test) == want]
     forged = _contradictions(found, copies.sentinels, ("pass", "xpass"))
     spared = _contradictions(found, copies.controls, ("fail", "error", "skip", "xfail", "xpass"))
-    suspects = [*forged, *spared]
+    suspects = sorted({*forged, *spared})
     if forged:
         return "invalid", f"{forged[0]} passes and so does its sentinel", passed, suspects
     if spared:

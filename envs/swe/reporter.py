@@ -56,6 +56,12 @@ class Reporter:
     def __init__(self, record):
         self.record, self.tests, self.config = record, {}, None
 
+    def pytest_cmdline_main(self, config):
+        """Before pytest-xdist looks: no other processes."""
+        if getattr(config.option, "numprocesses", None):
+            config.option.numprocesses, config.option.dist, config.option.tx = 0, "no", []
+        yield
+
     def pytest_configure(self, config):
         """Node ids are told relative to the work directory."""
         self.config = config
@@ -79,6 +85,8 @@ class Reporter:
         """All phases are over."""
         phases, spent = self.tests.pop(nodeid, ({}, [0.0]))
         said = [phases.get(when) for when in PHASES]
+        if "rerun" in said:
+            return  # pytest-rerunfailures: it runs again
         if "failed" in said:
             outcome = "fail" if phases.get("call") == "failed" else "error"
         elif said == ["passed"] * 3:
@@ -93,13 +101,7 @@ def arguments(args, cache):
     so it stays), every test, in order, in this process, and a line for a failure: no source is parsed to show more, which
     takes time and fails on CPython before 3.11.8 (gh-106905)."""
     ours = ["-p", "no:randomly", "--maxfail=0", "--continue-on-collection-errors", "--tb=line"]
-    if "no:cacheprovider" not in args:
-        ours += ["-o", "cache_dir=" + cache]
-    try:
-        import xdist  # noqa: F401
-    except ImportError:
-        return [*args, *ours]
-    return [*args, *ours, "-n0"]
+    return [*args, *ours] if "no:cacheprovider" in args else [*args, *ours, "-o", "cache_dir=" + cache]
 
 
 def main():
@@ -111,6 +113,7 @@ def main():
     sys.path.pop(0)
     import pytest
 
+    Reporter.pytest_cmdline_main = pytest.hookimpl(hookwrapper=True)(Reporter.pytest_cmdline_main)
     if job["module"]:
         sys.path.insert(0, os.getcwd())
     args = arguments([*sys.argv[1:], *job["args"]], job["records"] + ".cache")

@@ -22,6 +22,7 @@ from envs.swe.grading import (
     reward_cwm,
 )
 from envs.swe.sentinels import Twins
+from envs.task import sha256
 from envs.tiny import repairs
 
 TASK = repairs.task("train", 3)
@@ -203,9 +204,21 @@ def test_no_solution_says_which_tests_failed(native):
 def test_every_test_of_the_suite_has_trusted_copies(native):
     task = replace(SHOP, grader=replace(SHOP.grader, fail_to_pass=()))
     for seed in range(2):
-        verdict = grade(task, SOLVED, native, rng=random.Random(seed))
+        verdict = grade(task, SOLVED, native, rng=random.Random(seed), most=100)
         assert verdict.outcome == "resolved", (seed, verdict.why)
         assert len(verdict.found) == 3 * len(SHOP.grader.expected)
+
+
+def test_a_test_whose_copy_behaves_otherwise_is_named_and_left_out_then(native):
+    once = b"import shop.core\n\ndef test_once():\n    assert not hasattr(shop.core, 'ran')\n    shop.core.ran = 1\n"
+    name = sha256(once)
+    only = replace(
+        SHOP.grader, hidden={attacks.TEST: name}, expected={f"{attacks.TEST}::test_once": "pass"}, fail_to_pass=()
+    )
+    task = replace(SHOP, grader=only, blobs={**SHOP.blobs, name: once})
+    verdict = grade(task, SOLVED, native)
+    assert (verdict.outcome, verdict.suspects) == ("invalid", (f"{attacks.TEST}::test_once",))
+    assert grade(replace(task, quality={"untwinned": verdict.suspects}), SOLVED, native).outcome == "resolved"
 
 
 def test_a_time_out_of_a_slow_suite_is_nobodys_fault(native):

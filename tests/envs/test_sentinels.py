@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -279,6 +280,23 @@ def test_what_becomes_of_each_test(tmp_path):
     assert said == {f"t/test_o.py::{test}": word for test, word in WORDS.items()} | {"t/test_broken.py": "error"}
     assert status == 1 and found[-1] == {"end": 1}
     assert not (tmp_path / ".pytest_cache").exists()
+
+
+def test_a_rerun_is_not_the_last_word():
+    said, config = (
+        [],
+        SimpleNamespace(cwd_relative_nodeid=str, option=SimpleNamespace(numprocesses=4, dist="load", tx=[1])),
+    )
+    plugin = reporter.Reporter(lambda **fields: said.append((fields["id"], fields["outcome"])))
+    plugin.pytest_configure(config)
+    for attempt in ("rerun", "rerun", "passed"):
+        for when in reporter.PHASES:
+            outcome = attempt if when == "call" else "passed"
+            plugin.pytest_runtest_logreport(SimpleNamespace(nodeid="t", when=when, outcome=outcome, duration=0.1))
+        plugin.pytest_runtest_logfinish("t")
+    assert said == [("t", "pass")]
+    next(plugin.pytest_cmdline_main(config))
+    assert vars(config.option) == {"numprocesses": 0, "dist": "no", "tx": []}
 
 
 def test_the_repository_is_on_the_path_only_as_pytest_would_have_it(tmp_path):
