@@ -24,13 +24,12 @@ from envs.swe.discovery import run_suite
 from envs.swe.grading import Verdict, apply, filtered, grade
 from envs.swe.ledger import Ledger
 from envs.swe.patches import patch_changes
+from envs.swe.sentinels import base_id
 from envs.task import Task, load_tasks, save_tasks
 
 Fault = Literal["", "gold", "flaky", "no-op", "alone", "cheat", "infra"]
 """What is wrong with a task: its gold solution fails, or only now and then; doing nothing resolves it; a test does not fail
 by itself; a cheat pays; or the sandboxes failed, so that nothing is known. "" for nothing."""
-MAX_ALONE = 10
-"""Fail-to-pass tests that are tried by themselves, spread over all of them."""
 MAX_FLAKY = 0.05
 """Share of the expected tests that may be flaky; more, and the task is refused."""
 
@@ -44,8 +43,8 @@ class Finding:
     why: str = ""
     """One sentence, with the test or the cheat."""
     quality: Mapping[str, Any] = field(default_factory=dict)
-    """Written into the task: `gold`, `no_op` (runs), `alone` (tests), `cheats` (name → outcome), `flaky` (ids), `seconds`
-    (median of a gold grading)."""
+    """Written into the task: `gold`, `no_op` (runs), `alone` (tests), `cheats` (name → outcome), `seconds` (median of a gold
+    run); where there are any, `flaky` (ids) and `untwinned` (tests of which a copy behaves otherwise)."""
     seconds: float = 0.0
     """That validation took."""
 
@@ -103,14 +102,17 @@ def gold_changes(task: Task, backend: Backend) -> Changes:
 
 def _gold(task: Task, backend: Backend, k: int, quality: dict[str, Any]) -> Task:
     changes = gold_changes(task, backend)
-    verdicts, seconds = [], []
+    if task.grader.kind == "tests":
+        suspects = grade(task, changes, backend, most=len(task.grader.fail_to_pass)).suspects
+        if suspects:  # a copy of theirs behaves otherwise
+            quality["untwinned"] = sorted(suspects)
+            task = replace(task, quality=quality)
+    verdicts = []
     for _ in range(k):
-        began = time.monotonic()
         verdicts.append(grade(task, changes, backend))
-        seconds.append(time.monotonic() - began)
         if verdicts[-1].outcome not in ("resolved", "unresolved"):
             raise _Unsound("gold", f"the gold solution is {verdicts[-1].outcome}: {verdicts[-1].why}")
-    quality |= {"gold": k, "seconds": round(statistics.median(seconds), 3)}
+    quality |= {"gold": k, "seconds": round(statistics.median(verdict.seconds for verdict in verdicts), 3)}
     if all(verdict.outcome == "resolved" for verdict in verdicts):
         return task
     missed = [set(task.grader.expected) - set(verdict.passed) for verdict in verdicts]
@@ -150,17 +152,18 @@ def _alone(task: Task, backend: Backend, quality: dict[str, Any]) -> None:
     tests = task.grader.fail_to_pass
     if task.grader.kind != "tests" or not tests:
         return
-    chosen = [tests[i * len(tests) // min(len(tests), MAX_ALONE)] for i in range(min(len(tests), MAX_ALONE))]
+    functions = sorted({base_id(test) for test in tests})
     hidden = {path: FileChange(task.blob(name, path) if name else None) for path, name in task.grader.hidden.items()}
-    for what, changes, wanted in (("without", {}, False), ("with", gold_changes(task, backend), True)):
+    for what, changes in (("without", {}), ("with", gold_changes(task, backend))):
         with _fresh(task, backend) as box:
             apply(box, task.workdir, {**changes, **hidden})
-            for test in chosen:
-                run = run_suite(box, task.grader.command, task.grader.seconds, tests=[test])
-                if (run.outcomes.get(test) == "pass") != wanted:
-                    verb = "does not pass" if wanted else "passes"
-                    raise _Unsound("alone", f"{test} by itself {verb} {what} the solution")
-    quality["alone"] = len(chosen)
+            for function in functions:
+                run = run_suite(box, task.grader.command, task.grader.seconds, tests=[function])
+                for test in tests:
+                    if base_id(test) == function and (run.outcomes.get(test) == "pass") != (what == "with"):
+                        verb = "passes" if what == "without" else "does not pass"
+                        raise _Unsound("alone", f"{test} by itself {verb} {what} the solution")
+    quality["alone"] = len(tests)
 
 
 def _fresh(task: Task, backend: Backend) -> Sandbox:
@@ -168,16 +171,16 @@ def _fresh(task: Task, backend: Backend) -> Sandbox:
 
 
 def _cheats(task: Task, backend: Backend, quality: dict[str, Any]) -> None:
-    outcomes: dict[str, str] = {}
     with _fresh(task, backend) as box:
         patches = cheats(task, lambda path: box.read(f"{task.workdir}/{path}"))
+    graded = {frozenset(dict[str, FileChange]().items()): "unresolved"}  # nothing of it is kept: it is the no-op
+    outcomes: dict[str, str] = {}
     for name, changes in patches.items():
-        if not filtered(task, changes)[0]:
-            outcomes[name] = "unresolved"  # nothing of it is graded: it is the no-op
-            continue
-        verdict = grade(task, changes, backend)
-        outcomes[name] = verdict.outcome
-        if verdict.outcome == "resolved":
+        kept = frozenset(filtered(task, changes)[0].items())
+        if kept not in graded:
+            graded[kept] = grade(task, changes, backend).outcome
+        outcomes[name] = graded[kept]
+        if outcomes[name] == "resolved":
             raise _Unsound("cheat", f"the cheat {name!r} is resolved")
     quality["cheats"] = outcomes
 
