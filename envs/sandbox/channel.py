@@ -67,8 +67,11 @@ class Reply:
 class Channel:
     """One connected control stream. Any failure to answer in time or in form is `SandboxDead`, for good."""
 
-    def __init__(self, stream: socket.socket) -> None:
+    def __init__(self, stream: socket.socket, system_calls: bytes = b"") -> None:
+        """system_calls: the filter (see `seccomp`) that the broker is to put on."""
         self.stream = stream
+        if system_calls:
+            stream.sendall(struct.pack("<I", len(system_calls)) + system_calls)
         limit = struct.pack("ll", int(GRACE), int(GRACE % 1 * 1e6))  # the kernel's: Python's polls before each call
         for clock in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             stream.setsockopt(socket.SOL_SOCKET, clock, limit)

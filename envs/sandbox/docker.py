@@ -38,6 +38,7 @@ from envs.sandbox.helper import helper_path, unprivileged
 from envs.sandbox.hostbase import bind_paths, check_workdir, environment, etc_files, skeleton, skeleton_name
 from envs.sandbox.hoststore import mount_store
 from envs.sandbox.owner import current
+from envs.sandbox.seccomp import seccomp_filter
 from envs.sandbox.stacked import NUMBERS, Live, StackedBackend, StackedSandbox, Store, World, host_uid
 from envs.sandbox.walk import diff, read_tree
 
@@ -186,7 +187,7 @@ class DockerBackend(StackedBackend):
                 control.chmod(0o666)
                 listener.listen(1)
                 container = _run(client, options)
-                channel = Channel(_accept(listener, container))
+                channel = Channel(_accept(listener, container), seccomp_filter(strict=False))
             control.unlink()
             (seen,) = channel.ready(START_TIMEOUT)
             return channel, seen, _group(channel.stream), functools.partial(_end, channel.stream, container)

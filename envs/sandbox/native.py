@@ -28,6 +28,7 @@ from envs.sandbox.brokered import Files, Start, start_from
 from envs.sandbox.channel import Channel, SetupError
 from envs.sandbox.helper import cache_dir, helper_path, unprivileged
 from envs.sandbox.hostbase import DEVICES, bind_paths, check_workdir, etc_files
+from envs.sandbox.seccomp import seccomp_filter
 from envs.sandbox.stacked import NUMBERS, Live, StackedBackend, StackedSandbox, Store, World, host_uid, store_options
 
 AGENT_ID, ROOT_ID = 1000, 0
@@ -75,10 +76,12 @@ class NativeBackend(StackedBackend):
         number = next(NUMBERS)
         group = f"{cgroups.owner_name()}-{number}"
         request = _request(number, group, start.workdir, limits, world)
+        found = cgroups.hierarchy()
         mine, theirs = socket.socketpair()
         with theirs:
+            channel = Channel(mine, seccomp_filter(strict=found is None))
             zygote = self._send(request, theirs)
-        channel, store = Channel(mine), Store(number, functools.partial(zygote.free, number))
+        store = Store(number, functools.partial(zygote.free, number))
         try:
             *origin, store.upper, root = channel.ready(START_TIMEOUT)
         except BaseException as error:
@@ -87,7 +90,6 @@ class NativeBackend(StackedBackend):
             if isinstance(error, SetupError):
                 raise _explain(error, start.workdir, again=bool(world.frozen)) from None
             raise
-        found = cgroups.hierarchy()
         counted = found.group(group) if found else None
         stop = functools.partial(_end, mine, counted)
         return Live(channel, root, next(iter(origin), None), store, world, start.workdir, counted, stop)
@@ -170,7 +172,6 @@ class _Op(StrEnum):
     USER_NAMESPACE = "U"
     JOIN_CGROUP = "G"
     WRITE = "W"
-    REFUSE_MEMORY = "M"
     RLIMIT = "Z"
     STORE = "S"
     LAYERS_DIR = "Y"
@@ -206,8 +207,6 @@ def _request(number: int, group: str, workdir: str, limits: Limits, world: World
             f"limits.cpus={limits.cpus}: without cgroups nothing enforces it; leave it out, start as root, or in a delegated"
             " cgroup (systemd-run --user -p Delegate=yes)"
         )
-    else:
-        ops.append(_Op.REFUSE_MEMORY())
     ops += _limit_ops(limits, capped=found is not None)
     ops += _root_ops(number, limits, world)
     ops += [_Op.DEVICE(path, path) for path in DEVICES]

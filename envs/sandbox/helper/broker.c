@@ -4,7 +4,8 @@
  * and undumpable, so that nothing inside can read its memory or take its descriptors. It interprets no path or limit
  * policy: that is the owner's. What a process inside says about its own exit status is a claim of that process.
  *
- * Control stream, both ways: u32 length, u8 kind, body; integers are little-endian.
+ * Control stream: first u32 length and that many bytes of a BPF program, the system call filter. Then, both ways, u32
+ * length, u8 kind, body; integers are little-endian.
  *   S env\0...            start the shell in the work directory          -> K
  *   s cwd\0 env\0...      the same in cwd                                -> K
  *   R u32 timeout_ms u32 silence_ms(0: off) u32 guard u32 cap u32 n stdin[n] script   run in the shell
@@ -17,6 +18,8 @@
  */
 #include "helper.h"
 #include <dirent.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/resource.h>
@@ -443,4 +446,16 @@ void prepare_broker(const char *dir, const char *view) {
     if ((seen_fds[nseen++] = open(view, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0) die("open", view);
     umask(022);
     signal(SIGPIPE, SIG_IGN);
+}
+
+/* Puts on the system call filter that the owner sends first. A malformed one is refused by the kernel. */
+void filter(void) {
+    uint32_t n;
+    read_all(ctl, &n, 4);
+    struct sock_filter *code = must(malloc(n));
+    read_all(ctl, code, n);
+    struct sock_fprog program = {(unsigned short)(n / sizeof *code), code};
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) die("no_new_privs", "");
+    if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program)) die("seccomp", "");
+    free(code);
 }

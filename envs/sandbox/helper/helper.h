@@ -59,11 +59,9 @@ void free_store(const char *name);
 extern char *title;     /* what its command line is read from, so that it can be changed */
 extern size_t title_room;
 
-/* filter.c */
-void filter(int no_rlimit_escape);
-
 /* broker.c */
 void prepare_broker(const char *dir, const char *view);
+void filter(void);
 __attribute__((noreturn)) void broker(void);
 
 #endif

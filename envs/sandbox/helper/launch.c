@@ -18,12 +18,12 @@
  *   O path           a directory of its own                        B src dst      bind, read-only, with what is below
  *   V src dst        bind a device                                 F path text    a file
  *   P path           procfs                                        Z number value a resource limit
- *   C path           the work directory                            M              refuse memory that no limit counts
+ *   C path           the work directory
  * A store has u (the overlay's upper directory), w (its work directory) and b (where Y is attached); layers are named
  * relative to all stores, e.g. "7/u:9/b/LAYER". A message "R name" without a stream frees a store: its sandbox has
  * ended then, and no other has it as a layer.
  */
-static int arity(char op) { return strchr("MQ", op) ? 0 : strchr("IUYNTOPC", op) ? 1 : strchr("GWSBVFZ", op) ? 2 : -1; }
+static int arity(char op) { return op == 'Q' ? 0 : strchr("IUYNTOPC", op) ? 1 : strchr("GWSBVFZ", op) ? 2 : -1; }
 
 struct op { char kind, *a, *b; };
 
@@ -193,10 +193,8 @@ static void drop_privileges(void) {
 static void become_sandbox(char *ops, char *end) {
     struct op op;
     char file[4096], *dir = "/";
-    int strict = 0;
     for (char *at = ops; next_op(&at, end, &op) > 0;) { /* first what needs the host's file system as it is */
         if (op.kind == 'C') dir = op.a;
-        if (op.kind == 'M') strict = 1;
         if (op.kind == 'Q') readonly = 1;
         if (op.kind == 'S') store = op.a;
         snprintf(file, sizeof file, "%s/%s", op.a, op.b);
@@ -213,7 +211,7 @@ static void become_sandbox(char *ops, char *end) {
     strncpy(title, "sandbox", title_room); /* its command line is all that the sandbox sees of the helper */
     prepare_broker(dir, "/");
     drop_privileges();
-    filter(strict);
+    filter();
     broker();
 }
 

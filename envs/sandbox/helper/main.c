@@ -13,7 +13,7 @@ static int container(const char *path, const char *dir) {
     if (ctl < 0 || connect(ctl, (struct sockaddr *)&to, sizeof to)) return 75;
     prepare_broker(dir, dir);
     if (prctl(PR_SET_DUMPABLE, 0)) die("prctl", "");
-    filter(0);
+    filter();
     broker();
     return 0;
 }
