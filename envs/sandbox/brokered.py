@@ -103,7 +103,7 @@ class BrokeredSandbox(ABC):
             if change.data is not None
         ]
         if start.cwd is None:
-            self._channel.start(env)  # bash starts while the files are written
+            self._channel.start(start.workdir, start.workdir, env)  # bash starts while the files are written
         try:
             self._channel.write(files)
         except OSError as error:
@@ -119,7 +119,7 @@ class BrokeredSandbox(ABC):
                 f"files: {len(files)} files of {size} bytes don't fit in limits.disk_mb={self.limits.disk_mb}; raise it"
             ) from error
         if start.cwd is not None:
-            self._channel.start(start.exports or env, start.cwd)
+            self._channel.start(start.workdir, start.cwd, start.exports or env)
 
     def run(self, script: str, *, timeout: float, stdin: bytes = b"", silence: float | None = None) -> Result:
         """Run `script` in the persistent shell."""

@@ -77,7 +77,7 @@ class Channel:
             stream.setsockopt(socket.SOL_SOCKET, clock, limit)
 
     def ready(self, timeout: float) -> list[int]:
-        """Wait for the sandbox to be made; returns the descriptors that it hands out. Raises `SetupError`."""
+        """Wait for what was asked for to be made; returns the descriptors that it hands out. Raises `SetupError`."""
         fds = array.array("i")
         try:
             self.stream.settimeout(timeout)
@@ -90,18 +90,15 @@ class Channel:
             self.stream.settimeout(None)
         except OSError as error:
             raise SandboxDead(f"sandbox start: no answer ({error})") from error
-        if fds:
+        if text[4:5] == b"K":
             return list(fds)
         number, _, reason = text[5:].decode("utf-8", "replace").partition(" ")
         raise SetupError(int(number), reason)
 
-    def start(self, env: Mapping[str, str], cwd: str | None = None) -> None:
-        """Start the shell with exactly this environment, in `cwd` or the work directory."""
-        body = b"".join(os.fsencode(f"{key}={value}") + b"\0" for key, value in env.items()) or b"\0"
-        if cwd is None:
-            self.ask(b"S", body)
-        else:
-            self.ask(b"s", os.fsencode(cwd) + b"\0" + body)
+    def start(self, workdir: str, cwd: str, env: Mapping[str, str]) -> None:
+        """Start the shell in `cwd` with exactly the environment `env`."""
+        words = (workdir, cwd, *(f"{key}={value}" for key, value in env.items()))
+        self.ask(b"S", b"".join(os.fsencode(word) + b"\0" for word in words))
 
     def run(self, script: bytes, stdin: bytes, timeout: float, cap: int, silence: float | None = None) -> Reply:
         """Run a script in the shell. Raises `OSError` when the broker couldn't hand it over."""

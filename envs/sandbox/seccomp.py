@@ -8,7 +8,7 @@ import functools
 import socket
 import struct
 
-from envs.sandbox.syscalls import machine, number
+from envs.sandbox.syscalls import known, machine, number
 
 _DENIED = """
     mount umount2 pivot_root chroot setns open_tree move_mount fsopen fsconfig fsmount fspick mount_setattr open_tree_attr
@@ -57,10 +57,10 @@ def seccomp_filter(*, strict: bool) -> bytes:
             _refuse(errno.EPERM),
             _op(_ANSWER, _ALLOW),
         ]
-        code += [_op(_EQUAL, _nr(name), no=len(has_spaces)), *has_spaces]
-    known = [_op(_EQUAL, family, yes=len(_FAMILIES) - at) for at, family in enumerate(_FAMILIES)]
-    other_family = [_op(_LOAD, _ARG0_AT), *known, _refuse(errno.EAFNOSUPPORT)]
-    code += [_op(_EQUAL, _nr("socket"), no=len(other_family)), *other_family, _op(_ANSWER, _ALLOW)]
+        code += [_op(_EQUAL, known(name), no=len(has_spaces)), *has_spaces]
+    accept = [_op(_EQUAL, family, yes=len(_FAMILIES) - at) for at, family in enumerate(_FAMILIES)]
+    other_family = [_op(_LOAD, _ARG0_AT), *accept, _refuse(errno.EAFNOSUPPORT)]
+    code += [_op(_EQUAL, known("socket"), no=len(other_family)), *other_family, _op(_ANSWER, _ALLOW)]
     return b"".join(code)
 
 
@@ -76,10 +76,4 @@ def _refuse(error: int) -> bytes:
 def _deny(name: str, error: int) -> list[bytes]:
     if number(name) is None:
         return []
-    return [_op(_EQUAL, _nr(name), no=1), _refuse(error)]
-
-
-def _nr(name: str) -> int:
-    found = number(name)
-    assert found is not None, name
-    return found
+    return [_op(_EQUAL, known(name), no=1), _refuse(error)]

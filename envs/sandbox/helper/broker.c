@@ -6,8 +6,7 @@
  *
  * Control stream: first u32 length and that many bytes of a BPF program, the system call filter. Then, both ways, u32
  * length, u8 kind, body; integers are little-endian.
- *   S env\0...            start the shell in the work directory          -> K
- *   s cwd\0 env\0...      the same in cwd                                -> K
+ *   S workdir\0 cwd\0 env\0...   start the shell in cwd                  -> K
  *   R u32 timeout_ms u32 silence_ms(0: off) u32 guard u32 cap u32 n stdin[n] script   run in the shell
  *        -> H* (alive, every 10 s), then K u8 how(0 exit 1 signal 2 timeout 3 silence) i32 status u8 restarted
  *           u64 total u32 ncwd u32 nhead cwd head tail
@@ -391,13 +390,14 @@ static void op_write(const char *body, size_t n) {
     frame(ctl, 'K', "", 0, "", 0);
 }
 
-static void op_start(char *body, size_t n, int with_cwd) { /* the body lives on: env points into it */
+static void op_start(char *body, size_t n) { /* the body lives on: env points into it */
+    char *p = body, *end = body + n;
     size_t count = 0;
-    if (!n || body[n - 1]) _exit(72);
-    if (with_cwd) snprintf(cwd, sizeof cwd, "%s", body);
-    char *p = with_cwd ? body + strlen(body) + 1 : body, *end = body + n;
-    env = must(calloc(n + 1, sizeof *env));
-    for (; p < end; p += strlen(p) + 1) if (*p) env[count++] = p;
+    if (n < 2 || body[n - 1]) _exit(72);
+    p += snprintf(workdir, sizeof workdir, "%s", p) + 1;
+    p += snprintf(cwd, sizeof cwd, "%s", p) + 1;
+    env = must(calloc(n, sizeof *env));
+    for (; p < end; p += strlen(p) + 1) env[count++] = p;
     frame(ctl, 'K', "", 0, "", 0);
     start_shell(); /* a failure shows, and is tried again, at the first command */
 }
@@ -409,7 +409,7 @@ static void serve(void) {
     if (n < 1 || n > FRAME_MAX) _exit(72);
     char *body = must(malloc(n));
     read_all(ctl, body, n - 1), body[n - 1] = 0;
-    if (kind == 'S' || kind == 's') { op_start(body, n - 1, kind == 's'); return; }
+    if (kind == 'S') { op_start(body, n - 1); return; }
     if (kind == 'R') op_run(body, n - 1);
     else if (kind == 'G') op_read(body, n - 1);
     else if (kind == 'W') op_write(body, n - 1);
@@ -418,10 +418,41 @@ static void serve(void) {
     free(body);
 }
 
-/* Says that the sandbox is ready, and serves the control stream for ever. */
-void broker(void) {
-    ready();
-    strcpy(cwd, workdir);
+/* Puts on the system call filter that the owner sends first. A malformed one is refused by the kernel. */
+static void filter(void) {
+    uint32_t n;
+    read_all(ctl, &n, 4);
+    struct sock_filter *code = must(malloc(n));
+    read_all(ctl, code, n);
+    struct sock_fprog program = {(unsigned short)(n / sizeof *code), code};
+    if (prctl(PR_SET_DUMPABLE, 0)) die("prctl");
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) die("no_new_privs");
+    if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program)) die("seccomp");
+    free(code);
+}
+
+/* What it needs of before the filter closes behind it. */
+static void prepare(void) {
+    sigset_t chld;
+    sigemptyset(&chld), sigaddset(&chld, SIGCHLD);
+    if (getpid() != 1) errno = EPERM, die("the broker must be PID 1");
+    if (sigprocmask(SIG_SETMASK, &chld, NULL)) die("sigprocmask");
+    if ((sigfd = signalfd(-1, &chld, SFD_CLOEXEC | SFD_NONBLOCK)) < 0) die("signalfd");
+    cmd = memfd_create("commands", MFD_CLOEXEC | MFD_ALLOW_SEALING); /* sealed: the shell's user could grow it */
+    if (cmd < 0 || ftruncate(cmd, SCRIPT_MAX + 2 * STATE_MAX + 2)) die("memfd");
+    if (fcntl(cmd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL)) die("memfd seal");
+    umask(022);
+    signal(SIGPIPE, SIG_IGN);
+}
+
+/* Says that the sandbox is ready, with a descriptor of `view`, and serves the control stream for ever. */
+void broker(const char *view) {
+    if (open(view, O_RDONLY | O_DIRECTORY | O_CLOEXEC) < 0) die("open the view");
+    int shown = seen();
+    close(4);
+    prepare();
+    filter();
+    ready(shown);
     cap = 4096, cap_buf = must(malloc(cap));
     for (int st;;) {
         struct pollfd p[3] = {{ctl, POLLIN | POLLRDHUP, 0}, {shell.out, POLLIN, 0}, {sigfd, POLLIN, 0}};
@@ -430,32 +461,4 @@ void broker(void) {
         if (p[1].revents) drain(1 << 20); /* a background job must not block on a full pipe; the next reply has it */
         if (p[0].revents) serve();
     }
-}
-
-/* What the broker needs of before the filter closes behind it. */
-void prepare_broker(const char *dir, const char *view) {
-    sigset_t chld;
-    sigemptyset(&chld), sigaddset(&chld, SIGCHLD);
-    snprintf(workdir, sizeof workdir, "%s", dir);
-    if (getpid() != 1) { errno = EPERM; die("the broker must be PID 1", ""); }
-    if (sigprocmask(SIG_SETMASK, &chld, NULL)) die("sigprocmask", "");
-    if ((sigfd = signalfd(-1, &chld, SFD_CLOEXEC | SFD_NONBLOCK)) < 0) die("signalfd", "");
-    cmd = memfd_create("commands", MFD_CLOEXEC | MFD_ALLOW_SEALING); /* sealed: the shell's user could grow it */
-    if (cmd < 0 || ftruncate(cmd, SCRIPT_MAX + 2 * STATE_MAX + 2)) die("memfd", "");
-    if (fcntl(cmd, F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL)) die("memfd seal", "");
-    if ((seen_fds[nseen++] = open(view, O_RDONLY | O_DIRECTORY | O_CLOEXEC)) < 0) die("open", view);
-    umask(022);
-    signal(SIGPIPE, SIG_IGN);
-}
-
-/* Puts on the system call filter that the owner sends first. A malformed one is refused by the kernel. */
-void filter(void) {
-    uint32_t n;
-    read_all(ctl, &n, 4);
-    struct sock_filter *code = must(malloc(n));
-    read_all(ctl, code, n);
-    struct sock_fprog program = {(unsigned short)(n / sizeof *code), code};
-    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) die("no_new_privs", "");
-    if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program)) die("seccomp", "");
-    free(code);
 }
