@@ -14,7 +14,7 @@ from inspect_ai.util import SandboxEnvironmentLimits as Most
 from pydantic import BaseModel
 
 from envs.sandbox import Limits, SandboxDead
-from envs.sandbox.channel import TIMEOUT_MAX
+from envs.sandbox.clocks import TIMEOUT_MAX
 from envs.swe.env import shared_backend
 
 OWN = "/tmp/.inspect"

@@ -189,7 +189,7 @@ class DockerBackend(StackedBackend):
                 container = _run(client, options)
                 channel = Channel(_accept(listener, container), seccomp_filter(strict=False))
             control.unlink()
-            (seen,) = channel.ready(START_TIMEOUT)
+            seen, channel.proc = channel.ready(START_TIMEOUT)
             return channel, seen, _group(channel.stream), functools.partial(_end, channel.stream, container)
         except BaseException as error:
             _discard(container)

@@ -80,7 +80,7 @@ class NativeBackend(StackedBackend):
             zygote = self._send(request, theirs)
         store = Store(number, functools.partial(zygote.free, number))
         try:
-            *origin, store.upper, root = channel.ready(START_TIMEOUT)
+            *origin, store.upper, root, channel.proc = channel.ready(START_TIMEOUT)
         except BaseException as error:
             mine.close()
             store.drop()
@@ -164,7 +164,7 @@ class _Zygote:
 
 
 def _raise_file_limit() -> None:
-    """Each sandbox takes up to seven descriptors of this process; the usual soft limit is for programs that use `select`."""
+    """Each sandbox takes up to eight descriptors of this process; the usual soft limit is for programs that use `select`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -22,7 +22,7 @@ import pytest
 from envs.errors import SandboxDead, Unsupported
 from envs.sandbox import Backend, FileChange, Limits, Result, Sandbox, cgroups, helper, make_backend, probe
 from envs.sandbox import channel as channels
-from envs.sandbox.channel import GUARD
+from envs.sandbox.clocks import GUARD
 from envs.sandbox.owner import PREFIX, Owner, current
 from tests.envs.images import docker_archive, system, tar
 
@@ -228,7 +228,7 @@ def test_a_starved_command_goes_on_up_to_the_guard(create: Callable[..., Sandbox
 
 def test_a_broker_that_says_it_lives_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "GRACE", 1.0)
-    alive, answer = struct.pack("<Ic", 1, b"H"), struct.pack("<IcBiBQII", 24, b"K", 0, 0, 0, 2, 1, 2) + b"/ok"
+    alive, answer = struct.pack("<IcQ", 9, b"H", 0), struct.pack("<IcBiBQII", 24, b"K", 0, 0, 0, 2, 1, 2) + b"/ok"
     mine, broker = socket.socketpair()
     channel = channels.Channel(mine)
 
@@ -240,10 +240,12 @@ def test_a_broker_that_says_it_lives_is_waited_for(monkeypatch: pytest.MonkeyPat
 
     with ThreadPoolExecutor(1) as pool, broker, mine:
         pool.submit(starved)
-        reply = channel.run(b"", b"", 0.1, 2)
+        channel.proc = os.open("/proc", os.O_RDONLY)
+        reply = channel.run(b"", b"", 60.0, 2)
         assert (reply.how, reply.cwd, reply.head) == ("exit", "/", b"ok") and reply.wall > 1.5
         with pytest.raises(SandboxDead, match="stopped answering"):
             channel.run(b"", b"", 60.0, 2)
+        os.close(channel.proc)
 
 
 def test_kill_minus_one(box: Sandbox) -> None:

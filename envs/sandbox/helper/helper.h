@@ -7,11 +7,8 @@
  * helper calls FD        Carries out one list of system calls, read from the stream FD, and answers there.
  * helper broker SOCK DIR PID 1 of a container: connects to the unix socket SOCK and serves the same control stream.
  */
-#ifndef HELPER_H
-#define HELPER_H
-#ifndef _GNU_SOURCE
+#pragma once
 #define _GNU_SOURCE
-#endif
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -39,23 +36,17 @@ enum { FIRST_SEEN = 5 }; /* the first of the descriptors that the owner gets of 
 /* wire.c */
 void *must(void *p);                              /* ends the process when an allocation failed */
 void read_all(int fd, void *data, size_t n);      /* ends the process when the owner is gone, as does frame */
-void frame(int fd, char kind, const void *a, size_t na, const void *b, size_t nb);
+void frame(int fd, char kind, const struct iovec *body, size_t parts); /* five parts at most */
 void fail(int fd, const char *what);
 __attribute__((noreturn)) void die(const char *what);
-int seen(void);                                   /* how many descriptors there are from FIRST_SEEN on */
-void ready(int n);                                /* says that the sandbox is; sends and closes that many */
+void ready(int last);                             /* says that it is; sends and closes FIRST_SEEN to last */
+void watch_children(void);                        /* opens sigfd */
 int put(const char *path, const char *text);      /* replaces the text of an existing file; -1 with errno */
 
 /* launch.c */
-int zygote(int from);
+int zygote(int from, char *line, size_t room);    /* its command line, so that it can be changed */
 int carry_out(int stream);
 void take_places(int stream, int space);
 
-/* main.c */
-extern char *title;     /* what its command line is read from, so that it can be changed */
-extern size_t title_room;
-
 /* broker.c */
 __attribute__((noreturn)) void broker(const char *view);
-
-#endif

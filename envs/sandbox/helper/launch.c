@@ -1,7 +1,6 @@
 /* The launcher: makes sandboxes and ends them. What a sandbox is, its owner says, as lists of system calls
  * (envs/sandbox/launch.py); here they are carried out, in the order and in the process where they belong. */
 #include "helper.h"
-#include <sys/resource.h>
 
 /* One system call, followed by what its pointers lead to. */
 struct call {
@@ -87,60 +86,55 @@ void take_places(int stream, int space) {
     ctl = 3;
 }
 
+/* ---- the zygote ---- */
+
+struct box { pid_t pid; int ctl; char *after; size_t size; };
+static struct box *boxes;
+static size_t nboxes;
+
+static void forget(size_t i) {
+    make_calls(boxes[i].after, boxes[i].after + boxes[i].size);
+    close(boxes[i].ctl);
+    free(boxes[i].after);
+    boxes[i] = boxes[--nboxes];
+}
+
+static void reap_boxes(int flags) {
+    for (pid_t pid; (pid = waitpid(-1, NULL, flags)) > 0;)
+        for (size_t i = 0; i < nboxes; i++)
+            if (boxes[i].pid == pid) forget(i);
+}
+
+static char *title;
+static size_t title_room;
+
 /* The new sandbox, as PID 1 of its namespaces, from the host's root file system to the broker's loop. */
-static void become_sandbox(char *calls, const char *end) {
+static void become_sandbox(const struct request *request, char *calls, const char *end) {
+    maker = request->inner < 0 ? (uid_t)-1 : (uid_t)request->uid;
     const char *wrong = make_calls(calls, end);
     if (wrong) die(wrong);
     strncpy(title, "sandbox", title_room); /* its command line is all that the sandbox sees of the helper */
     broker("/");
 }
 
-/* ---- the zygote ---- */
-
-struct box { pid_t pid; int ctl; char *after, *end; };
-static struct box *boxes;
-static size_t nboxes;
-
-static void finish(struct box *box) {
-    make_calls(box->after, box->end);
-    close(box->ctl);
-    free(box->after);
-}
-
-static void reap_boxes(int flags) {
-    for (pid_t pid; (pid = waitpid(-1, NULL, flags)) > 0;)
-        for (size_t i = 0; i < nboxes; i++)
-            if (boxes[i].pid == pid) {
-                finish(&boxes[i]);
-                boxes[i] = boxes[--nboxes];
-                break;
-            }
-}
-
 static void launch(struct request *request, size_t n, int stream) {
     const int flags = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | SIGCHLD;
-    char *inside = request->calls + request->before, *after = inside + request->inside, *end = (char *)request + n;
+    char *inside = request->calls + request->before, *after = inside + request->inside;
+    size_t size = (size_t)((char *)request + n - after);
     int space = request->inner < 0 ? -1 : make_userns(request->inner, request->uid);
     const char *wrong = request->inner >= 0 && space < 0 ? "user namespace" : make_calls(request->calls, inside);
     pid_t pid = wrong || inside == after ? -1 : (pid_t)syscall(SYS_clone, flags, 0, 0, 0, 0);
     if (!pid) {
         take_places(stream, space);
-        maker = request->inner < 0 ? (uid_t)-1 : (uid_t)request->uid;
-        become_sandbox(inside, after);
+        become_sandbox(request, inside, after);
     }
     if (!wrong && pid < 0 && inside != after) wrong = "clone";
     if (wrong) fail(stream, wrong);
-    else if (pid < 0 && stream >= 0) frame(stream, 'K', "", 0, "", 0);
-    struct box box = {pid, stream, must(malloc((size_t)(end - after) + 1)), NULL};
-    memcpy(box.after, after, (size_t)(end - after));
-    box.end = box.after + (end - after);
+    else if (pid < 0 && stream >= 0) frame(stream, 'K', NULL, 0);
     if (space >= 0) close(space);
-    if (pid < 0) {
-        finish(&box);
-        return;
-    }
     boxes = must(realloc(boxes, (nboxes + 1) * sizeof *boxes));
-    boxes[nboxes++] = box;
+    boxes[nboxes++] = (struct box){pid, stream, memcpy(must(malloc(size + 1)), after, size), size};
+    if (pid < 0) forget(nboxes - 1);
 }
 
 static void receive(int from) {
@@ -151,7 +145,6 @@ static void receive(int from) {
     ssize_t n = recvmsg(from, &msg, MSG_CMSG_CLOEXEC);
     struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
     int fd = -1;
-    if (n < 0 && errno == EINTR) return;
     if (n > 0 && c && c->cmsg_type == SCM_RIGHTS) memcpy(&fd, CMSG_DATA(c), sizeof fd);
     if (n >= (ssize_t)sizeof(struct request)) {
         launch((struct request *)request, (size_t)n, fd);
@@ -162,22 +155,18 @@ static void receive(int from) {
     _exit(0);
 }
 
-int zygote(int from) {
-    sigset_t chld;
-    struct rlimit files;
-    sigemptyset(&chld), sigaddset(&chld, SIGCHLD);
-    sigprocmask(SIG_SETMASK, &chld, NULL);
-    signal(SIGPIPE, SIG_IGN);
+int zygote(int from, char *line, size_t room) {
+    title = line, title_room = room;
+    watch_children();
     setsid(); /* a Ctrl-C on the owner's terminal is the owner's to handle */
-    if (!getrlimit(RLIMIT_NOFILE, &files)) files.rlim_cur = files.rlim_max, setrlimit(RLIMIT_NOFILE, &files);
-    sigfd = signalfd(-1, &chld, SFD_CLOEXEC | SFD_NONBLOCK);
     int owner = (int)syscall(434 /* pidfd_open */, getppid(), 0); /* a forked copy of the owner may hold the socket */
-    if (sigfd < 0 || owner < 0 || fcntl(from, F_SETFD, FD_CLOEXEC)) return 74;
+    if (owner < 0 || fcntl(from, F_SETFD, FD_CLOEXEC)) return 74;
     for (;;) {
         struct signalfd_siginfo info;
         struct pollfd p[3] = {{from, POLLIN, 0}, {owner, POLLIN, 0}, {sigfd, POLLIN, 0}};
         if (poll(p, 3, -1) < 0 && errno != EINTR) return 71;
-        if (p[2].revents) { while (read(sigfd, &info, sizeof info) > 0) {} reap_boxes(WNOHANG); }
+        while (p[2].revents && read(sigfd, &info, sizeof info) > 0) {}
+        if (p[2].revents) reap_boxes(WNOHANG);
         if (p[1].revents) shutdown(from, SHUT_RDWR);
         if (p[0].revents || p[1].revents) receive(from);
     }
@@ -195,6 +184,6 @@ int carry_out(int stream) {
     take_places(stream, space);
     const char *wrong = make_calls(calls, calls + request.before);
     if (wrong) die(wrong);
-    ready(seen());
+    ready(dup(ctl) - 1);
     return 0;
 }

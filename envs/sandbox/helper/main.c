@@ -2,9 +2,6 @@
 #include "helper.h"
 #include <sys/un.h>
 
-char *title;
-size_t title_room;
-
 static int container(const char *path, const char *dir) {
     struct sockaddr_un to = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof to.sun_path) return 2;
@@ -16,8 +13,8 @@ static int container(const char *path, const char *dir) {
 }
 
 int main(int argc, char **argv) {
-    title = argv[0], title_room = (size_t)(argv[argc - 1] + strlen(argv[argc - 1]) - title);
-    if (argc == 3 && !strcmp(argv[1], "zygote")) return zygote(atoi(argv[2]));
+    size_t room = (size_t)(argv[argc - 1] + strlen(argv[argc - 1]) - argv[0]);
+    if (argc == 3 && !strcmp(argv[1], "zygote")) return zygote(atoi(argv[2]), argv[0], room);
     if (argc == 3 && !strcmp(argv[1], "calls")) return carry_out(atoi(argv[2]));
     if (argc == 4 && !strcmp(argv[1], "broker")) return container(argv[2], argv[3]);
     fputs("usage: helper zygote|calls|broker ... (see helper.h)\n", stderr);
