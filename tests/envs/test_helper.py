@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
 from envs.errors import Unsupported
-from envs.sandbox import syscalls
+from envs.sandbox import helper, syscalls
+from envs.sandbox.helper import SOURCES
 from envs.sandbox.seccomp import seccomp_filter
 
 
@@ -43,3 +47,32 @@ def test_another_machine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
             seccomp_filter(strict=False)
     finally:
         syscalls.machine.cache_clear()
+
+
+def code_lines(source: str) -> list[str]:
+    """The lines that hold anything but white space and comments."""
+    token = re.compile(r"""("(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*')|/\*.*?\*/|//[^\n]*""", re.DOTALL)
+    bare = token.sub(lambda found: found[1] or "\n" * found[0].count("\n"), source)
+    return [line for line in bare.splitlines() if line.strip()]
+
+
+def test_the_helper_stays_small() -> None:
+    """All of its code, headers too, in lines of at most 120 columns that hold more than comments: at most 600."""
+    sample = 'a = "/* b */"; // c\n\n/* d\n e */ f();\n  \nchar *g = "\\"//"; /* h */\n'
+    assert code_lines(sample) == ['a = "/* b */"; ', " f();", 'char *g = "\\"//"; ']
+    lines = [line for path in SOURCES for line in code_lines(path.read_text())]
+    assert len(lines) <= 600 and max(map(len, lines)) <= 120
+
+
+def test_a_new_helper_replaces_those_that_nobody_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helper, "_place", lambda: tmp_path / "helper-new")
+    monkeypatch.setattr(helper, "_build", Path.touch)
+    for name, age in (("helper-old", 8), ("helper-recent", 6), ("other-old", 8)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, time.time() - age * 24 * 3600))
+    helper.helper_path()
+    assert {path.name for path in tmp_path.iterdir()} == {"helper-new", "helper-recent", "other-old"}
+    (tmp_path / "helper-new").chmod(0o755)
+    os.utime(tmp_path / "helper-new", (0, 0))
+    helper.helper_path()
+    assert time.time() - (tmp_path / "helper-new").stat().st_mtime < 60, "its use is its age"

@@ -2,17 +2,18 @@
  *
  * It runs as the sandbox's user, without capabilities, behind the same system call filter as everything that it starts,
  * and undumpable, so that nothing inside can read its memory or take its descriptors. It interprets no path or limit
- * policy, nor when a command has had its time: that is the owner's. What a process inside says about its own exit status is a claim of that process.
+ * policy, nor does it know when a command has had its time: that is the owner's (envs/sandbox/clocks.py). What a
+ * process inside says about its own exit status is a claim of that process.
  *
  * Control stream: first u32 length and that many bytes of a BPF program, the system call filter. Then, both ways, u32
  * length, u8 kind, body; integers are little-endian.
- *   S workdir\0 cwd\0 env\0...   start the shell in cwd                  -> K
- *   R u32 tick_ms u32 cap u32 n input[n] script   run in the shell, its stdin from the file `input`, removed then (n 0: none)
- *        -> (H u64 total, every tick_ms)*, then K u8 how(0 exit 1 signal 2 ended by X) i32 status u8 restarted
+ *   S workdir\0 cwd\0 env\0...          start the shell in cwd -> K
+ *   R u32 tick_ms u32 cap u32 n input[n] script     run in the shell, stdin from the file `input`, which is removed
+ *        -> (H u64 total)*, every tick_ms, then K u8 how(0 exit 1 signal 2 ended by X) i32 status u8 restarted
  *           u64 total u32 ncwd u32 nhead cwd head tail
- *   G u64 offset u32 max path                        read a regular file  -> K u64 size data
- *   W (u32 mode u64 offset u64 size u32 npath u32 ndata path data)*  write files -> K
- *   X                     kill everything but the broker; while a command runs, its reply is the answer      -> K
+ *   G u64 offset u32 max path           read a regular file -> K u64 size data
+ *   W (u32 mode u64 offset u64 size u32 npath u32 ndata path data)*     write files -> K
+ *   X                                   kill everything but the broker -> K; while a command runs, only its own reply
  * Failures: N i32 errno u32 index (a request failed), E text (the sandbox could not be made).
  */
 #include "helper.h"
@@ -39,10 +40,10 @@ static char *cap_buf;   /* output kept: the first half is the head, the second a
 static uint32_t cap;
 static uint64_t total;
 
-/* What the shell runs: it takes a command from `cmd`, leaves the exports after it, and says the status in one write, for
- * which the broker wakes once. Its own descriptors are closed while a command runs (bash keeps close-on-exec copies), so
- * that no process of the command inherits them; its 1 and 2 are /dev/null, where what `set -x` says of the loop goes, its
- * 0 is the output. */
+/* What the shell runs: it takes a command from `cmd`, leaves the exports after it, and says the status in one write,
+ * for which the broker wakes once. Its own descriptors are closed while a command runs (bash keeps close-on-exec
+ * copies), so that no process of the command inherits them; its 1 and 2 are /dev/null, where what `set -x` says of the
+ * loop goes, its 0 is the output. */
 static const char LOOP[] = /* on one line: the shell's messages then number the lines of the command from 1 */
     "IFS= builtin read -r -d '' -u 197 __cw; builtin eval \"$__cw\"; "
     "while IFS=' ' builtin read -r -u 198 __cw_ticket __cw_in; do "
@@ -213,22 +214,19 @@ static int await(int64_t tick, int *value, int *again) {
     }
 }
 
-static void refuse(int error, uint32_t index) {
-    int32_t e = error;
-    frame(ctl, 'N', (struct iovec[]){{&e, 4}, {&index, 4}}, 2);
+static void refuse(int32_t error, uint32_t index) {
+    frame(ctl, 'N', (struct iovec[]){{&error, 4}, {&index, 4}}, 2);
 }
 
+struct __attribute__((packed)) reply { char how; int32_t value; char again; uint64_t total; uint32_t ncwd, nhead; };
+
 static void reply_run(int how, int value, int again) {
-    uint32_t half = cap / 2, at = total > cap ? (uint32_t)((total - half) % (cap - half)) : 0;
-    struct __attribute__((packed)) {
-        uint8_t how;
-        int32_t value;
-        uint8_t again;
-        uint64_t total;
-        uint32_t ncwd, nhead;
-    } head = {(uint8_t)how, value, (uint8_t)again, total, (uint32_t)strlen(cwd), total > cap ? half : (uint32_t)total};
-    struct iovec parts[] = {{&head, sizeof head}, {cwd, head.ncwd}, {cap_buf, head.nhead},
-                            {cap_buf + half + at, total > cap ? cap - half - at : 0}, {cap_buf + half, at}};
+    uint32_t half = cap / 2, ncwd = (uint32_t)strlen(cwd), nhead = total > cap ? half : (uint32_t)total;
+    uint32_t ntail = total > cap ? cap - half : 0, at = ntail ? (uint32_t)((total - half) % ntail) : 0;
+    struct reply reply = {(char)how, value, (char)again, total, ncwd, nhead};
+    char *ring = cap_buf + half;
+    struct iovec parts[] = {
+        {&reply, sizeof reply}, {cwd, ncwd}, {cap_buf, nhead}, {ring + at, ntail - at}, {ring, at}};
     frame(ctl, 'K', parts, 5);
     total = 0;
 }

@@ -1,9 +1,9 @@
 /* What the parts of the helper share. The helper is one static binary with these uses:
  *
- * helper zygote FD       Reads requests on the seqpacket socket FD (launch.c), the control stream of the new sandbox attached.
- *                        Clones the sandbox, reaps it and cleans up after it; the control stream reaches end of file on
- *                        the owner's side only after that. Ends, and every sandbox with it, when FD closes or the
- *                        process that started it dies.
+ * helper zygote FD       Reads requests on the seqpacket socket FD (launch.c), the control stream of the new sandbox
+ *                        attached. Clones the sandbox, reaps it and cleans up after it; the control stream reaches end
+ *                        of file on the owner's side only after that. Ends, and every sandbox with it, when FD closes
+ *                        or the process that started it dies.
  * helper calls FD        Carries out one list of system calls, read from the stream FD, and answers there.
  * helper broker SOCK DIR PID 1 of a container: connects to the unix socket SOCK and serves the same control stream.
  */

@@ -13,8 +13,9 @@ struct call {
 };
 enum { PUT = -1 /* path, text */, MAKE = -2 /* path, is a directory */, ANY = -1 };
 
-/* A message to the zygote, or to a process that carries out one list. inner: which id `uid` has in a user namespace of its
- * own, -1 for none. Bytes of calls: those to make before there is a sandbox, those inside; the rest, when it has ended. */
+/* A message to the zygote, or to a process that carries out one list. inner: which id `uid` has in a user namespace of
+ * its own, -1 for none. Bytes of calls: those to make before there is a sandbox, those inside; the rest, when it has
+ * ended. Without any inside, there is no sandbox. */
 struct request {
     int32_t uid, inner;
     uint32_t before, inside;
@@ -25,7 +26,8 @@ enum { BUSY_TRIES = 200, BUSY_US = 500 }; /* a dead task leaves its cgroup a mom
 
 static uid_t maker = (uid_t)-1; /* who gets what is made, where a user namespace has only one user */
 
-/* Makes what is missing of a path below the new root. What is there may be of a sandbox's making: no link is followed. */
+/* Makes what is missing of a path below the new root. What is there may be of a sandbox's making: no link is
+ * followed. */
 static int make_path(char *path, int directory) {
     struct stat st;
     for (char *p = path, *end; *p; p = end + !!*end) {

@@ -6,18 +6,24 @@ int ctl = -1, sigfd = -1;
 void *must(void *p) { if (!p) _exit(70); return p; }
 
 void read_all(int fd, void *data, size_t n) {
-    if (n && recv(fd, data, n, MSG_WAITALL) != (ssize_t)n) _exit(0);
+    for (ssize_t k; n; data = (char *)data + k, n -= (size_t)k)
+        if ((k = recv(fd, data, n, MSG_WAITALL)) <= 0) _exit(0); /* less, when it was frozen meanwhile */
 }
 
-/* Sends one message whole, in one call: a second one would wake the owner twice. */
+/* Sends one message whole, in one call where it fits: a second one would wake the owner twice. */
 void frame(int fd, char kind, const struct iovec *body, size_t parts) {
     char head[5];
-    struct iovec all[6] = {{head, sizeof head}};
+    struct iovec all[6] = {{head, sizeof head}}, *part = all, *end = all + 1 + parts;
     uint32_t n = 1;
     for (size_t i = 0; i < parts; i++) all[i + 1] = body[i], n += (uint32_t)body[i].iov_len;
     memcpy(head, &n, 4), head[4] = kind;
-    struct msghdr msg = {.msg_iov = all, .msg_iovlen = parts + 1};
-    if (sendmsg(fd, &msg, MSG_NOSIGNAL) != 4 + (ssize_t)n) _exit(0); /* the owner is gone */
+    while (part < end) {
+        struct msghdr msg = {.msg_iov = part, .msg_iovlen = (size_t)(end - part)};
+        ssize_t k = sendmsg(fd, &msg, MSG_NOSIGNAL);
+        if (k < 0) _exit(0); /* the owner is gone */
+        for (; part < end && (size_t)k >= part->iov_len; part++) k -= (ssize_t)part->iov_len;
+        if (part < end) part->iov_base = (char *)part->iov_base + k, part->iov_len -= (size_t)k;
+    }
 }
 
 /* Says why the sandbox could not be made. The owner may be gone: the zygote, which also calls this, lives on. */
