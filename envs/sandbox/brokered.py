@@ -161,6 +161,9 @@ class BrokeredSandbox(ABC):
         """`n` sandboxes that start from here."""
         if n < 1:
             raise ValueError(f"fork({n}): at least 1")
+        return self._fork(n)
+
+    def _fork(self, n: int) -> list[Sandbox]:
         children: list[Sandbox] = []
         with self.snapshot() as frozen:
             try:

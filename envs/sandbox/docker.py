@@ -67,10 +67,8 @@ _RESERVED = ("/proc", "/dev", "/sys", "/etc", "/run")
 class DockerSandbox(StackedSandbox):
     """One container."""
 
-    def fork(self, n: int) -> list[Sandbox]:
-        """`n` sandboxes that start from here, all at once, as each is a wait for the engine."""
-        if n < 1:
-            raise ValueError(f"fork({n}): at least 1")
+    def _fork(self, n: int) -> list[Sandbox]:
+        """All at once, as each is a wait for the engine."""
         frozen, go_on = self._freeze()
         with frozen, ThreadPoolExecutor(_AT_ONCE) as pool:
             resumed, starts = pool.submit(go_on), [pool.submit(frozen.start) for _ in range(n)]
@@ -328,12 +326,14 @@ def _host_image(client: Any) -> Any:
     """The skeleton that the host's own files are mounted over; imported at first use, a few kilobytes."""
     import docker
 
+    name, _, tag = skeleton_name().partition(":")
     try:
-        return client.images.get(skeleton_name())
+        image = client.images.get(skeleton_name())
+        image.tag(name, tag)  # says that it is in use: see `reaper.images`
     except docker.errors.ImageNotFound:
-        name, _, tag = skeleton_name().partition(":")
         client.api.import_image_from_data(skeleton(UID), repository=name, tag=tag)
-        return client.images.get(skeleton_name())
+        image = client.images.get(skeleton_name())
+    return image
 
 
 def _run(client: Any, options: dict[str, Any]) -> Any:
