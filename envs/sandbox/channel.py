@@ -79,12 +79,14 @@ class Channel:
         fds = array.array("i")
         try:
             self.stream.settimeout(timeout)
-            text, ancillary, _, _ = self.stream.recvmsg(4096, socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC)
+            text, ancillary, flags, _ = self.stream.recvmsg(4096, socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC)
             for _, kind, data in ancillary:
                 if kind == socket.SCM_RIGHTS:
                     fds.frombytes(data[: len(data) // 4 * 4])
             if not text:
                 raise ConnectionResetError("end of stream")
+            if flags & socket.MSG_CTRUNC:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             self.stream.settimeout(None)
         except OSError as error:
             raise SandboxDead(f"sandbox start: no answer ({error})") from error

@@ -2,7 +2,8 @@
 
 Everything that outlives a function call carries the name of its owner (`envs/sandbox/owner.py`); what an ended owner's
 name is on is freed, what a living one's or nobody's is on is left alone. Little is left normally: a helper ends with its
-owner and takes its sandboxes with it, a container ends with its stream. One more kind of thing is one more finder.
+owner and takes its sandboxes with it, a container ends with its stream. Images that every process may use have no owner:
+they are free when nobody has used them for a week. One more kind of thing is one more finder.
 Any number of reapers may run at once: a thing that vanished meanwhile is no error.
 """
 

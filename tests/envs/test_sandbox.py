@@ -248,6 +248,22 @@ def test_a_broker_that_says_it_lives_is_waited_for(monkeypatch: pytest.MonkeyPat
         os.close(channel.proc)
 
 
+def test_a_command_that_ends_just_when_its_time_does_has_ended() -> None:
+    """What was to end it is answered by itself, and that answer is no other request's."""
+    run = struct.pack("<IcBiBQII", 26, b"K", 0, 3, 0, 2, 1, 2) + b"/ok"
+    mine, broker = socket.socketpair()
+    channel = channels.Channel(mine)
+    channel.proc = os.open("/proc", os.O_RDONLY)
+    with broker, mine:
+        broker.sendall(struct.pack("<IcQ", 9, b"H", 0) + run + struct.pack("<Ic", 1, b"K"))
+        reply = channel.run(b"", b"", 0.0, 2)
+        assert (reply.how, reply.status, reply.clock, reply.head) == ("exit", 3, None, b"ok")
+        assert broker.recv(1 << 16).endswith(struct.pack("<Ic", 1, b"X"))
+        broker.sendall(struct.pack("<Ic", 2, b"K") + b"!")
+        assert channel.ask(b"G", b"") == b"!"
+    os.close(channel.proc)
+
+
 def test_kill_minus_one(box: Sandbox) -> None:
     sh(box, "sleep 300 &")
     result = box.run(f"{PYTHON} -c 'import os; os.kill(-1, 9)'; echo not reached", timeout=10)
