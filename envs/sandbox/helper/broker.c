@@ -146,7 +146,7 @@ static int take_exports(void) {
     off_t n = lseek(cmd, 0, SEEK_CUR) - shell.at;
     if (n < 0 || n >= STATE_MAX) return -1;
     char *text = must(malloc((size_t)n + 1));
-    if (pread(cmd, text, (size_t)n, shell.at) != n) { free(text); return -1; }
+    if (pread(cmd, text, (size_t)n, shell.at) != n) return free(text), -1;
     free(exports), exports = text, text[n] = 0, shell.at = 0;
     return 0;
 }
@@ -214,10 +214,6 @@ static int await(int64_t tick, int *value, int *again) {
     }
 }
 
-static void refuse(int32_t error, uint32_t index) {
-    frame(ctl, 'N', (struct iovec[]){{&error, 4}, {&index, 4}}, 2);
-}
-
 struct __attribute__((packed)) reply { char how; int32_t value; char again; uint64_t total; uint32_t ncwd, nhead; };
 
 static void reply_run(int how, int value, int again) {
@@ -237,26 +233,27 @@ static void take(void *to, size_t size, const char **body, size_t *n) {
     memcpy(to, *body, size), *body += size, *n -= size;
 }
 
-static void op_run(const char *body, size_t n) {
+static int op_run(const char *body, size_t n) {
     struct { uint32_t tick, cap, nin; } ask;
     char input[64];
     take(&ask, sizeof ask, &body, &n);
     if (ask.nin >= sizeof input || ask.cap < 2 || ask.cap > FRAME_MAX / 2) _exit(72);
     take(input, ask.nin, &body, &n), input[ask.nin] = 0;
-    if (n > SCRIPT_MAX) { refuse(E2BIG, 0); return; }
+    if (n > SCRIPT_MAX) return E2BIG;
     if (ask.cap != cap) cap_buf = must(realloc(cap_buf, ask.cap)), cap = ask.cap, total = 0;
-    int how = 1, value = SIGKILL, again = lost, st;
+    int how = 1, value = SIGKILL, again = lost, sent = 0, st;
     lost = 0;
     if (reap(&st)) drop_shell(), again = 1;
     if (shell.pid > 0 && waiting(shell.talk)) kill_everything(), again = 1; /* somebody else has hold of its socket */
-    for (int tries = 0; tries < 2; tries++) {
-        if (shell.pid < 0 && start_shell() < 0) { kill_everything(), again = 1; continue; }
-        if (!send_script(body, n, input)) { how = await(ask.tick, &value, &again); break; }
-        kill_everything(), again = 1;
+    for (int tries = 0; tries < 2 && !sent; tries++) {
+        sent = (shell.pid >= 0 || !start_shell()) && !send_script(body, n, input);
+        if (!sent) kill_everything(), again = 1;
     }
+    if (sent) how = await(ask.tick, &value, &again);
     drain((size_t)waiting(shell.out)); /* what the command wrote is in the pipe by now; no more is waited for */
     if (ask.nin) unlink(input);
     reply_run(how, value, again);
+    return 0;
 }
 
 /* Opens for the owner, as the sandbox's user. Not through magic links, never on procfs: there, the broker is "self". */
@@ -279,19 +276,20 @@ static int open_inside(const char *path, size_t n, int flags, mode_t mode) {
     return -1;
 }
 
-static void op_read(const char *body, size_t n) {
+static int op_read(const char *body, size_t n) {
     struct __attribute__((packed)) { uint64_t offset; uint32_t most; } ask;
     struct stat st;
     take(&ask, sizeof ask, &body, &n);
     int fd = open_inside(body, n, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0);
-    if (fd < 0 || fstat(fd, &st)) { refuse(errno, 0); return; }
+    if (fd < 0 || fstat(fd, &st)) return errno;
     if (ask.most > FRAME_MAX / 2) ask.most = FRAME_MAX / 2;
     char *data = must(malloc(ask.most + 1));
     ssize_t k = pread(fd, data, ask.most, (off_t)ask.offset);
     uint64_t size = (uint64_t)st.st_size;
-    if (k < 0) refuse(errno, 0);
-    else frame(ctl, 'K', (struct iovec[]){{&size, 8}, {data, (size_t)k}}, 2);
+    int e = k < 0 ? errno : 0;
+    if (!e) frame(ctl, 'K', (struct iovec[]){{&size, 8}, {data, (size_t)k}}, 2);
     close(fd), free(data);
+    return e;
 }
 
 struct __attribute__((packed)) file { uint32_t mode; uint64_t at, size; uint32_t npath, ndata; };
@@ -309,16 +307,17 @@ static int write_one(const struct file *file, const char *path, const char *data
     return e;
 }
 
-static void op_write(const char *body, size_t n) {
+static int op_write(const char *body, size_t n, uint32_t *index) {
     struct file file;
-    for (uint32_t index = 0; n; index++) {
+    for (; n; ++*index) {
         take(&file, sizeof file, &body, &n);
         if (file.npath > n || file.ndata > n - file.npath) _exit(72);
         int e = write_one(&file, body, body + file.npath);
-        if (e) { refuse(e, index); return; }
+        if (e) return e;
         body += file.npath + file.ndata, n -= file.npath + file.ndata;
     }
     frame(ctl, 'K', NULL, 0);
+    return 0;
 }
 
 static void op_start(char *body, size_t n) { /* the body lives on: env points into it */
@@ -334,19 +333,21 @@ static void op_start(char *body, size_t n) { /* the body lives on: env points in
 }
 
 static void serve(void) {
-    uint32_t n;
+    uint32_t n, index = 0;
+    int32_t error = 0;
     char kind;
     read_all(ctl, &n, 4), read_all(ctl, &kind, 1);
     if (n < 1 || n > FRAME_MAX) _exit(72);
     char *body = must(malloc(n));
     read_all(ctl, body, n - 1), body[n - 1] = 0;
-    if (kind == 'S') { op_start(body, n - 1); return; }
-    if (kind == 'R') op_run(body, n - 1);
-    else if (kind == 'G') op_read(body, n - 1);
-    else if (kind == 'W') op_write(body, n - 1);
+    if (kind == 'S') op_start(body, n - 1);
+    else if (kind == 'R') error = op_run(body, n - 1);
+    else if (kind == 'G') error = op_read(body, n - 1);
+    else if (kind == 'W') error = op_write(body, n - 1, &index);
     else if (kind == 'X') kill_everything(), lost = 1, total = 0, frame(ctl, 'K', NULL, 0);
     else _exit(72);
-    free(body);
+    if (error) frame(ctl, 'N', (struct iovec[]){{&error, 4}, {&index, 4}}, 2);
+    if (kind != 'S') free(body);
 }
 
 /* Puts on the system call filter that the owner sends first. A malformed one is refused by the kernel. */

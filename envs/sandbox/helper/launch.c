@@ -107,15 +107,14 @@ static void reap_boxes(int flags) {
             if (boxes[i].pid == pid) forget(i);
 }
 
-static char *title;
-static size_t title_room;
+static struct { char *at; size_t room; } title; /* its command line */
 
 /* The new sandbox, as PID 1 of its namespaces, from the host's root file system to the broker's loop. */
 static void become_sandbox(const struct request *request, char *calls, const char *end) {
     maker = request->inner < 0 ? (uid_t)-1 : (uid_t)request->uid;
     const char *wrong = make_calls(calls, end);
     if (wrong) die(wrong);
-    strncpy(title, "sandbox", title_room); /* its command line is all that the sandbox sees of the helper */
+    strncpy(title.at, "sandbox", title.room); /* it is all that the sandbox sees of the helper */
     broker("/");
 }
 
@@ -158,7 +157,7 @@ static void receive(int from) {
 }
 
 int zygote(int from, char *line, size_t room) {
-    title = line, title_room = room;
+    title.at = line, title.room = room;
     watch_children();
     setsid(); /* a Ctrl-C on the owner's terminal is the owner's to handle */
     int owner = (int)syscall(434 /* pidfd_open */, getppid(), 0); /* a forked copy of the owner may hold the socket */

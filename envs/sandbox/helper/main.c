@@ -4,8 +4,7 @@
 
 static int container(const char *path, const char *dir) {
     struct sockaddr_un to = {.sun_family = AF_UNIX};
-    if (strlen(path) >= sizeof to.sun_path) return 2;
-    strcpy(to.sun_path, path);
+    snprintf(to.sun_path, sizeof to.sun_path, "%s", path);
     int stream = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (stream < 0 || connect(stream, (struct sockaddr *)&to, sizeof to)) return 75;
     take_places(stream, -1);
