@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 import envs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,9 +21,12 @@ def test_reading_list_keeps_the_contract_and_pays_in_parts():
     assert (reward, terminated, info["outcome"]) == (1 / 3, True, "resolved")
 
 
-@pytest.mark.parametrize(("name", "most"), [("reading_list.py", 30), ("inspect_sandbox.py", 80)])
-def test_an_environment_is_at_most_30_lines_and_a_sandbox_provider_80(name, most):
-    source = (ROOT / "examples" / name).read_text()
+def test_an_environment_is_at_most_30_lines_of_code():
+    source = (ROOT / "examples" / "reading_list.py").read_text()
     doc = ast.get_docstring(ast.parse(source), clean=False)
     code = [line for line in source.replace(f'"""{doc}"""', "").splitlines() if line.strip()]
-    assert len(code) <= most
+    assert len(code) <= 30
+
+
+def test_a_sandbox_provider_is_at_most_80_lines_in_all():
+    assert len((ROOT / "examples" / "inspect_sandbox.py").read_text().splitlines()) <= 80

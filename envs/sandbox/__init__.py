@@ -8,11 +8,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 
 from envs.errors import CodeworldError, InfraError, SandboxDead, Unsupported, nearest
+from envs.sandbox.auto import Auto
 from envs.sandbox.base import Backend, Cause, Changes, FileChange, Limits, Result, Sandbox, Snapshot, Usage
 from envs.sandbox.doctor import probe
 
@@ -27,61 +26,10 @@ def make_backend(name: str = "auto") -> Backend:
     Raises `Unsupported` with one line that names the cause and the remedy (for "auto", of both).
     """
     if name == "auto":
-        return Auto()
+        return Auto(make_backend)
     backend = _new(name)
     _try(backend)
     return backend
-
-
-class Auto:
-    """Native sandboxes, and docker ones where native can't be: on this host, or on an image that it refuses."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._made: dict[str, Backend] = {}
-        self._of_base: dict[str, Backend] = {}
-        self._first = self._first_that_works(BACKENDS)
-        self.name = self._first.name
-
-    def create(
-        self,
-        *,
-        base: str = "host",
-        workdir: str = "/repo",
-        files: Mapping[str, bytes] | None = None,
-        limits: Limits | None = None,
-    ) -> Sandbox:
-        """Start a sandbox with the backend that `base` was possible with."""
-        backend = self._of_base.get(base, self._first)
-        try:
-            return backend.create(base=base, workdir=workdir, files=files, limits=limits)
-        except Unsupported as refusal:
-            if base == "host" or backend.name != "native":
-                raise
-            try:
-                other = self._first_that_works(("docker",))
-                sandbox = other.create(base=base, workdir=workdir, files=files, limits=limits)
-            except CodeworldError as error:
-                raise Unsupported(f"native: {refusal}; docker: {error}") from None
-            self._of_base[base] = other
-            return sandbox
-
-    def close(self) -> None:
-        """Close every sandbox of both."""
-        for backend in self._made.values():
-            backend.close()
-
-    def _first_that_works(self, names: Sequence[str]) -> Backend:
-        causes = []
-        with self._lock:
-            for name in names:
-                try:
-                    if name not in self._made:
-                        self._made[name] = make_backend(name)
-                    return self._made[name]
-                except CodeworldError as error:
-                    causes.append(f"{name}: {error}")
-        raise Unsupported("no sandbox backend works here; " + "; ".join(causes))
 
 
 def _new(name: str) -> Backend:

@@ -103,7 +103,7 @@ class BrokeredSandbox(ABC):
             if change.data is not None
         ]
         if start.cwd is None:
-            self._channel.start(env)  # bash starts while the files are written
+            self._channel.start(start.workdir, start.workdir, env)  # bash starts while the files are written
         try:
             self._channel.write(files)
         except OSError as error:
@@ -119,7 +119,7 @@ class BrokeredSandbox(ABC):
                 f"files: {len(files)} files of {size} bytes don't fit in limits.disk_mb={self.limits.disk_mb}; raise it"
             ) from error
         if start.cwd is not None:
-            self._channel.start(start.exports or env, start.cwd)
+            self._channel.start(start.workdir, start.cwd, start.exports or env)
 
     def run(self, script: str, *, timeout: float, stdin: bytes = b"", silence: float | None = None) -> Result:
         """Run `script` in the persistent shell."""
@@ -161,6 +161,9 @@ class BrokeredSandbox(ABC):
         """`n` sandboxes that start from here."""
         if n < 1:
             raise ValueError(f"fork({n}): at least 1")
+        return self._fork(n)
+
+    def _fork(self, n: int) -> list[Sandbox]:
         children: list[Sandbox] = []
         with self.snapshot() as frozen:
             try:

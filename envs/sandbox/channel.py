@@ -8,6 +8,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import secrets
 import socket
 import struct
 import time
@@ -17,28 +18,22 @@ from typing import Literal
 
 from envs.errors import SandboxDead
 from envs.sandbox.base import Clock
+from envs.sandbox.clocks import Clocks
 
 CHUNK = 1 << 20
 KEEP_MODE = 0xFFFFFFFF
 PATH_MAX = 4096
-TIMEOUT_MAX = 4e6
 SCRIPT_MAX = 1 << 20
 STDIN_MAX = 4 << 20
 OUTPUT_MAX = 4 << 20
-GUARD = 10
-"""A command that is starved of CPU ends at this many times its timeout (see `base.Sandbox.run`) at the latest."""
 GRACE = 30.0
-"""Seconds without an answer after which the broker counts as dead. While a command runs it says every 10 s that it is
+"""Seconds without an answer after which the broker counts as dead. While a command runs it says now and then that it is
 alive, so a starved broker is told from a dead one whatever the timeout is."""
 
 How = Literal["exit", "signal", "timeout"]
-_HOW: tuple[tuple[How, Clock | None], ...] = (
-    ("exit", None),
-    ("signal", None),
-    ("timeout", "total"),
-    ("timeout", "silence"),
-)
-_ALIVE = struct.pack("<Ic", 1, b"H")
+_HOW: tuple[How, ...] = ("exit", "signal", "timeout")
+_ALIVE = struct.Struct("<IcQ")
+_ALIVE_HEAD = struct.pack("<Ic", 9, b"H")
 
 
 class SetupError(Exception):
@@ -67,50 +62,57 @@ class Reply:
 class Channel:
     """One connected control stream. Any failure to answer in time or in form is `SandboxDead`, for good."""
 
-    def __init__(self, stream: socket.socket) -> None:
+    def __init__(self, stream: socket.socket, system_calls: bytes = b"") -> None:
+        """system_calls: the filter (see `seccomp`) that the broker is to put on."""
         self.stream = stream
+        self.proc = -1
+        """A descriptor of the sandbox's /proc, once it is ready."""
+        self._more = b""
+        if system_calls:
+            stream.sendall(struct.pack("<I", len(system_calls)) + system_calls)
         limit = struct.pack("ll", int(GRACE), int(GRACE % 1 * 1e6))  # the kernel's: Python's polls before each call
         for clock in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             stream.setsockopt(socket.SOL_SOCKET, clock, limit)
 
     def ready(self, timeout: float) -> list[int]:
-        """Wait for the sandbox to be made; returns the descriptors that it hands out. Raises `SetupError`."""
+        """Wait for what was asked for to be made; returns the descriptors that it hands out. Raises `SetupError`."""
         fds = array.array("i")
         try:
             self.stream.settimeout(timeout)
-            text, ancillary, _, _ = self.stream.recvmsg(4096, socket.CMSG_SPACE(12), socket.MSG_CMSG_CLOEXEC)
+            text, ancillary, flags, _ = self.stream.recvmsg(4096, socket.CMSG_SPACE(16), socket.MSG_CMSG_CLOEXEC)
             for _, kind, data in ancillary:
                 if kind == socket.SCM_RIGHTS:
                     fds.frombytes(data[: len(data) // 4 * 4])
             if not text:
                 raise ConnectionResetError("end of stream")
+            if flags & socket.MSG_CTRUNC:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             self.stream.settimeout(None)
         except OSError as error:
             raise SandboxDead(f"sandbox start: no answer ({error})") from error
-        if fds:
+        if text[4:5] == b"K":
             return list(fds)
         number, _, reason = text[5:].decode("utf-8", "replace").partition(" ")
         raise SetupError(int(number), reason)
 
-    def start(self, env: Mapping[str, str], cwd: str | None = None) -> None:
-        """Start the shell with exactly this environment, in `cwd` or the work directory."""
-        body = b"".join(os.fsencode(f"{key}={value}") + b"\0" for key, value in env.items()) or b"\0"
-        if cwd is None:
-            self.ask(b"S", body)
-        else:
-            self.ask(b"s", os.fsencode(cwd) + b"\0" + body)
+    def start(self, workdir: str, cwd: str, env: Mapping[str, str]) -> None:
+        """Start the shell in `cwd` with exactly the environment `env`."""
+        words = (workdir, cwd, *(f"{key}={value}" for key, value in env.items()))
+        self.ask(b"S", b"".join(os.fsencode(word) + b"\0" for word in words))
 
     def run(self, script: bytes, stdin: bytes, timeout: float, cap: int, silence: float | None = None) -> Reply:
         """Run a script in the shell. Raises `OSError` when the broker couldn't hand it over."""
-        clocks = int(min(max(timeout, 0.0), TIMEOUT_MAX) * 1000), _milliseconds(silence)
-        head = struct.pack("<IIIII", *clocks, GUARD, cap, len(stdin))
+        clocks, file = Clocks(self.proc, timeout, silence), b""
+        if stdin:
+            file = b"/tmp/.stdin-%s" % secrets.token_hex(16).encode()
+            self.write([(file.decode(), stdin, 0o600)])
+        head = struct.pack("<III", int(clocks.every * 1000), cap, len(file))
         begin = time.perf_counter()
-        body = self.ask(b"R", head + stdin + script)
+        body, clock = self._ask(b"R", head + file + script, clocks)
         wall = time.perf_counter() - begin
         code, status, again, total, ncwd, nhead = struct.unpack_from("<BiBQII", body)
         at = struct.calcsize("<BiBQII") + ncwd
-        cwd = os.fsdecode(body[at - ncwd : at])
-        how, clock = _HOW[code]
+        cwd, how = os.fsdecode(body[at - ncwd : at]), _HOW[code]
         return Reply(how, clock, status, bool(again), total, cwd, body[at : at + nhead], body[at + nhead :], wall)
 
     def read(self, path: str, limit: int) -> bytes:
@@ -142,9 +144,16 @@ class Channel:
 
     def ask(self, kind: bytes, body: bytes) -> bytes:
         """One request and its reply's body. Raises `OSError` for a refused request, `SandboxDead` for no answer."""
+        return self._ask(kind, body, None)[0]
+
+    def _ask(self, kind: bytes, body: bytes, clocks: Clocks | None) -> tuple[bytes, Clock | None]:
+        """Also the clock that ran out, at which everything was killed."""
         try:
-            self.stream.sendall(struct.pack("<I", len(body) + 1) + kind + body)
-            answer, reply = self._reply()
+            self._send(kind, body)
+            answer, reply, clock = self._reply(clocks)
+            if clock and _HOW[reply[0]] != "timeout":  # it had ended already; what was to end it is answered by itself
+                clock = None
+                self._reply(None)
         except BaseException as error:
             self.stream.close()  # also after Ctrl-C: a reply that nobody waits for would answer the next request
             if not isinstance(error, OSError):
@@ -154,7 +163,10 @@ class Channel:
         if answer == b"N":
             number, index = struct.unpack("<iI", reply)
             raise OSError(number, os.strerror(number), index)
-        return reply
+        return reply, clock
+
+    def _send(self, kind: bytes, body: bytes) -> None:
+        self.stream.sendall(struct.pack("<I", len(body) + 1) + kind + body)
 
     def _file(self, path: str | list[str], kind: bytes, body: bytes) -> bytes:
         try:
@@ -164,27 +176,22 @@ class Channel:
             text = "not a regular file" if number == errno.EINVAL else os.strerror(number)
             raise OSError(number, text, path if isinstance(path, str) else path[error.filename]) from None
 
-    def _reply(self) -> tuple[bytes, bytes]:
-        """The next answer's kind and body; most come in one piece."""
-        data = self.stream.recv(1 << 17)
+    def _reply(self, clocks: Clocks | None) -> tuple[bytes, bytes, Clock | None]:
+        """The next answer's kind and body, most of which come in one piece; `clocks` are looked at while it is waited for."""
+        data, clock = self._more or self.stream.recv(1 << 17), None
         while True:
-            while data.startswith(_ALIVE):
-                data = data[len(_ALIVE) :]
-            if len(data) >= 5 and len(data) >= 4 + int.from_bytes(data[:4], "little"):
-                return data[4:5], data[5:]
+            while data.startswith(_ALIVE_HEAD) and len(data) >= _ALIVE.size:
+                if clocks and not clock and (clock := clocks.over(_ALIVE.unpack_from(data)[2])):
+                    self._send(b"X", b"")
+                data = data[_ALIVE.size :]
+            end = 4 + int.from_bytes(data[:4], "little")
+            if len(data) >= max(5, end) and not data.startswith(_ALIVE_HEAD):
+                self._more = data[end:]
+                return data[4:5], data[5:end], clock
             part = self.stream.recv(1 << 20)
             if not part:
                 raise ConnectionResetError("end of stream")
             data += part
-
-
-def _milliseconds(silence: float | None) -> int:
-    """For the broker: 0 is no limit."""
-    if silence is None:
-        return 0
-    if not silence > 0:
-        raise ValueError(f"silence={silence}: it must be above 0 seconds; None turns the clock off")
-    return max(1, int(min(silence, TIMEOUT_MAX) * 1000))
 
 
 def _raw(path: str) -> bytes:
@@ -192,6 +199,8 @@ def _raw(path: str) -> bytes:
         raw = os.fsencode(path)
     except UnicodeEncodeError:
         raise OSError(errno.EILSEQ, os.strerror(errno.EILSEQ), ascii(path)) from None
+    if not raw or b"\0" in raw:
+        raise OSError(errno.EINVAL, "not a path", path)
     if len(raw) >= PATH_MAX:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), f"{path[:64]}...")
     return raw

@@ -41,6 +41,7 @@ from envs.sandbox.hoststore import mount_store
 from envs.sandbox.layers import layers_dir
 from envs.sandbox.owner import current
 from envs.sandbox.registry import provide
+from envs.sandbox.seccomp import seccomp_filter
 from envs.sandbox.stacked import NUMBERS, Live, StackedBackend, StackedSandbox, Store, World, host_uid
 from envs.sandbox.walk import diff, read_tree
 
@@ -69,10 +70,8 @@ _RESERVED = ("/proc", "/dev", "/sys", "/etc", "/run")
 class DockerSandbox(StackedSandbox):
     """One container."""
 
-    def fork(self, n: int) -> list[Sandbox]:
-        """`n` sandboxes that start from here, all at once, as each is a wait for the engine."""
-        if n < 1:
-            raise ValueError(f"fork({n}): at least 1")
+    def _fork(self, n: int) -> list[Sandbox]:
+        """All at once, as each is a wait for the engine."""
         frozen, go_on = self._freeze()
         with frozen, ThreadPoolExecutor(_AT_ONCE) as pool:
             resumed, starts = pool.submit(go_on), [pool.submit(frozen.start) for _ in range(n)]
@@ -196,9 +195,9 @@ class DockerBackend(StackedBackend):
                 control.chmod(0o666)
                 listener.listen(1)
                 container = _run(client, options)
-                channel = Channel(_accept(listener, container))
+                channel = Channel(_accept(listener, container), seccomp_filter(strict=False))
             control.unlink()
-            (seen,) = channel.ready(START_TIMEOUT)
+            seen, channel.proc = channel.ready(START_TIMEOUT)
             return channel, seen, _group(channel.stream), functools.partial(_end, channel.stream, container)
         except BaseException as error:
             _discard(container)

@@ -58,9 +58,11 @@ def host_image(client: Any, uid: int) -> Any:
     """The skeleton that the host's own files are mounted over; imported at first use, a few kilobytes."""
     import docker
 
+    name, _, tag = skeleton_name().partition(":")
     try:
-        return client.images.get(skeleton_name())
+        image = client.images.get(skeleton_name())
+        image.tag(name, tag)  # says that it is in use: see `reaper.images`
     except docker.errors.ImageNotFound:
-        name, _, tag = skeleton_name().partition(":")
         client.api.import_image_from_data(skeleton(uid), repository=name, tag=tag)
-        return client.images.get(skeleton_name())
+        image = client.images.get(skeleton_name())
+    return image

@@ -5,6 +5,7 @@ It is compiled once per source text and user, into a content-addressed cache; th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -12,10 +13,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 from envs.errors import Unsupported
 
+KEPT_SECONDS = 7 * 24 * 3600
+"""How long what can be made again is kept after its last use."""
 SOURCES = sorted(Path(__file__).parent.glob("helper/*.[ch]"))
 
 
@@ -43,14 +47,29 @@ def unprivileged() -> bool:
     return os.geteuid() != 0 or sum(int(count) for _, _, count in spans) < 1 << 31
 
 
-@functools.cache
 def helper_path() -> Path:
     """The compiled helper. Raises `Unsupported` where it can't be built."""
-    digest = hashlib.sha256(platform.machine().encode() + b"".join(p.read_bytes() for p in SOURCES)).hexdigest()[:16]
-    path = cache_dir() / f"helper-{digest}"
+    path = _place()
     if not os.access(path, os.X_OK):
         _build(path)
+        _prune(path)
+    with contextlib.suppress(OSError):
+        os.utime(path)  # in use: see `_prune`
     return path
+
+
+@functools.cache
+def _place() -> Path:
+    digest = hashlib.sha256(platform.machine().encode() + b"".join(p.read_bytes() for p in SOURCES)).hexdigest()[:16]
+    return cache_dir() / f"helper-{digest}"
+
+
+def _prune(new: Path) -> None:
+    """Remove those built of other sources that nobody has started for a week; one that still runs needs its file no more."""
+    for other in new.parent.glob("helper-*"):
+        with contextlib.suppress(OSError):  # others prune too
+            if other != new and time.time() - other.stat().st_mtime > KEPT_SECONDS:
+                other.unlink()
 
 
 def _build(path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+HOST_IMAGE = "codeworld-host"
 _SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _ETC = ("/etc/ld.so.cache", "/etc/alternatives")
 DEVICES = tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
@@ -73,7 +74,7 @@ def check_workdir(workdir: str, *, image: bool = False, reserved: tuple[str, ...
 @functools.cache
 def skeleton_name() -> str:
     """The name of the image on which `base="host"` is built where a backend needs one; it says what is in it."""
-    return f"codeworld-host:{hashlib.sha256(skeleton(0)).hexdigest()[:12]}"
+    return f"{HOST_IMAGE}:{hashlib.sha256(skeleton(0)).hexdigest()[:12]}"
 
 
 def skeleton(uid: int, *, image: bool = False) -> bytes:

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from envs.errors import InfraError, Unsupported
-from envs.sandbox import cgroups
+from envs.errors import InfraError, SandboxDead, Unsupported
+from envs.sandbox import cgroups, launch
 from envs.sandbox.base import Limits
 from envs.sandbox.bases import layers_at
 from envs.sandbox.channel import Channel, SetupError
 from envs.sandbox.helper import helper_path
 from envs.sandbox.layers import layers_dir
-from envs.sandbox.stacked import Store, World, store_options
+from envs.sandbox.stacked import Store, World
 
 ROOT = Path("/run/codeworld")
 """Only root may enter. A store is called as its owner's cgroups are, so that it can be told whose it was."""
@@ -73,14 +73,9 @@ def mount_store(number: int, places: Sequence[str], limits: Limits, world: World
         lists.append(":".join((*frozen, *base, "empty")))
         if base and not index:
             origin = ":".join((*base, "empty"))
-    mine, theirs = socket.socketpair()
-    fd, options = theirs.fileno(), store_options(limits)
     try:
-        with mine:
-            with theirs:
-                base_dir = layers_dir() if image else ""
-                _helper("store", fd, path.name, uid, options, base_dir, origin, *lists, keep=(fd,))
-            *first, store.upper, root = Channel(mine).ready(TIMEOUT)
+        request = launch.host_store(path.name, uid, limits, str(layers_dir()) if image else "", origin, lists)
+        *first, store.upper, root = _carry_out(request)
     except BaseException as error:
         store.drop()
         raise _explain(error) if isinstance(error, SetupError) else error from None
@@ -98,14 +93,22 @@ def _escaped(path: str) -> str:
 
 
 def _free(*paths: Path) -> None:
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        _helper("free", *paths)
+    with contextlib.suppress(OSError, SandboxDead, SetupError, subprocess.SubprocessError):
+        _carry_out(launch.free(*map(str, paths)))
 
 
-def _helper(*args: object, keep: tuple[int, ...] = ()) -> None:
-    command = [str(helper_path()), *map(str, args)]
-    null = subprocess.DEVNULL
-    subprocess.run(command, stdin=null, stdout=null, stderr=null, cwd=ROOT, env={}, pass_fds=keep, timeout=TIMEOUT)
+def _carry_out(request: bytes) -> list[int]:
+    """Have the helper make calls in `ROOT`; returns the descriptors that they left open. Raises `SetupError`."""
+    mine, theirs = socket.socketpair()
+    with mine:
+        with theirs:
+            mine.sendall(request)
+            command = [str(helper_path()), "calls", str(theirs.fileno())]
+            keep, null = (theirs.fileno(),), subprocess.DEVNULL
+            subprocess.run(
+                command, stdin=null, stdout=null, stderr=null, cwd=ROOT, env={}, pass_fds=keep, timeout=TIMEOUT
+            )
+        return Channel(mine).ready(TIMEOUT)
 
 
 def _explain(error: SetupError) -> Exception:

@@ -18,21 +18,18 @@ import resource
 import socket
 import subprocess
 import threading
-from enum import StrEnum
 
 from envs.errors import InfraError, Unsupported
-from envs.sandbox import cgroups, reaper
+from envs.sandbox import cgroups, launch, reaper
 from envs.sandbox.base import Limits
 from envs.sandbox.bases import standing_on
 from envs.sandbox.brokered import Files, Start, start_from
 from envs.sandbox.channel import Channel, SetupError
 from envs.sandbox.helper import cache_dir, helper_path, unprivileged
-from envs.sandbox.hostbase import DEVICES, bind_paths, check_workdir, etc_files
-from envs.sandbox.layers import layers_dir
-from envs.sandbox.stacked import NUMBERS, Live, StackedBackend, StackedSandbox, Store, World, host_uid, store_options
+from envs.sandbox.hostbase import check_workdir
+from envs.sandbox.seccomp import seccomp_filter
+from envs.sandbox.stacked import NUMBERS, Live, StackedBackend, StackedSandbox, Store, World
 
-AGENT_ID, ROOT_ID = 1000, 0
-"""Who the sandbox is inside a user namespace: on the host's system, in an image."""
 START_TIMEOUT = 30.0
 
 _FORBIDDEN = frozenset((errno.EPERM, errno.EACCES, errno.ENOSPC, errno.EINVAL, errno.ENOSYS, errno.EUSERS))
@@ -76,20 +73,21 @@ class NativeBackend(StackedBackend):
         """Namespaces and a broker in them."""
         number = next(NUMBERS)
         group = f"{cgroups.owner_name()}-{number}"
-        request = _request(number, group, start.workdir, limits, world)
+        request = launch.sandbox(number, group, start.workdir, limits, world)
+        found = cgroups.hierarchy()
         mine, theirs = socket.socketpair()
         with theirs:
+            channel = Channel(mine, seccomp_filter(strict=found is None))
             zygote = self._send(request, theirs)
-        channel, store = Channel(mine), Store(number, functools.partial(zygote.free, number))
+        store = Store(number, functools.partial(zygote.free, number))
         try:
-            *origin, store.upper, root = channel.ready(START_TIMEOUT)
+            *origin, store.upper, root, channel.proc = channel.ready(START_TIMEOUT)
         except BaseException as error:
             mine.close()
             store.drop()
             if isinstance(error, SetupError):
                 raise _explain(error, start.workdir, again=bool(world.frozen)) from None
             raise
-        found = cgroups.hierarchy()
         counted = found.group(group) if found else None
         stop = functools.partial(_end, mine, counted)
         return Live(channel, root, next(iter(origin), None), store, world, start.workdir, counted, stop)
@@ -132,11 +130,10 @@ class _Zygote:
         stores = cache_dir() / "stores"  # stays empty: what is mounted there, only the helper sees
         stores.mkdir(exist_ok=True)
         _raise_file_limit()
+        null, name = subprocess.DEVNULL, cgroups.owner_name()  # by which the reaper knows whose it is
         with theirs:
-            null = subprocess.DEVNULL
-            name = cgroups.owner_name()  # by which the reaper knows whose it is
             self._process = subprocess.Popen(
-                [name, "zygote", str(theirs.fileno()), str(stores), "user" if unprivileged() else "root"],
+                [name, "zygote", str(theirs.fileno())],
                 executable=helper_path(),
                 stdin=null,
                 stdout=null,
@@ -145,12 +142,21 @@ class _Zygote:
                 env={},
                 pass_fds=[theirs.fileno()],
             )
+        mine, theirs = socket.socketpair()
+        with mine:
+            with theirs:
+                socket.send_fds(self.socket, [launch.nursery(str(stores))], [theirs.fileno()])
+            try:
+                Channel(mine).ready(START_TIMEOUT)
+            except BaseException as error:
+                self.close()
+                raise _explain(error, "", again=False) if isinstance(error, SetupError) else error from None
 
     def free(self, store: int) -> None:
         """Let it unmount a store; where it is dead, that is done."""
         if self.owner == os.getpid():
             with contextlib.suppress(OSError):
-                self.socket.send(b"R%d" % store)
+                self.socket.send(launch.free(str(store)))
 
     def close(self) -> None:
         self.socket.close()
@@ -159,92 +165,10 @@ class _Zygote:
 
 
 def _raise_file_limit() -> None:
-    """Each sandbox takes up to seven descriptors of this process; the usual soft limit is for programs that use `select`."""
+    """Each sandbox takes up to eight descriptors of this process; the usual soft limit is for programs that use `select`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-class _Op(StrEnum):
-    """Operations of a request, called with their arguments, which `helper/launch.c` explains."""
-
-    IDENTITY = "I"
-    USER_NAMESPACE = "U"
-    JOIN_CGROUP = "G"
-    WRITE = "W"
-    REFUSE_MEMORY = "M"
-    RLIMIT = "Z"
-    STORE = "S"
-    LAYERS_DIR = "Y"
-    ORIGIN = "N"
-    ROOT = "T"
-    READ_ONLY = "Q"
-    OWN_DIRECTORY = "O"
-    BIND = "B"
-    DEVICE = "V"
-    FILE = "F"
-    PROC = "P"
-    WORKDIR = "C"
-
-    def __call__(self, *args: object) -> bytes:
-        return self.value.encode() + b"".join(os.fsencode(str(arg)) + b"\0" for arg in args)
-
-
-def _request(number: int, group: str, workdir: str, limits: Limits, world: World) -> bytes:
-    """What the launcher is to do, as the operations that `helper/launch.c` lists."""
-    root, image = not unprivileged(), world.base.image
-    uid = host_uid(world.owner) if root else 0
-    inner = ROOT_ID if image else AGENT_ID
-    found = cgroups.hierarchy()
-    ops = [_Op.IDENTITY(uid)]
-    if image or not root:
-        ops.append(_Op.USER_NAMESPACE(inner))
-    if found:
-        dirs, writes = found.plan(group, limits)
-        ops += [_Op.JOIN_CGROUP(path, file) for path, file in dirs]
-        ops += [_Op.WRITE(file, value) for file, value in writes]
-    elif limits.cpus != Limits.cpus:
-        raise Unsupported(
-            f"limits.cpus={limits.cpus}: without cgroups nothing enforces it; leave it out, start as root, or in a delegated"
-            " cgroup (systemd-run --user -p Delegate=yes)"
-        )
-    else:
-        ops.append(_Op.REFUSE_MEMORY())
-    ops += _limit_ops(limits, capped=found is not None)
-    ops += _root_ops(number, limits, world)
-    ops += [_Op.DEVICE(path, path) for path in DEVICES]
-    if not image:
-        etc = etc_files(uid if root else inner)
-        ops += [_Op.BIND(path, path) for path in bind_paths()]
-        ops += [_Op.FILE(path, etc[path]) for path in ("/etc/passwd", "/etc/group")]
-    ops += [_Op.OWN_DIRECTORY(path) for path in ("/tmp", "/dev/shm", workdir)]
-    ops += [_Op.PROC("/proc"), _Op.WORKDIR(workdir)]
-    return b"".join(ops)
-
-
-def _root_ops(number: int, limits: Limits, world: World) -> list[bytes]:
-    """The root: the store on top, what is frozen, the base's layers."""
-    base = [f"{number}/b/{name}" for name in world.base.layers]
-    frozen = [f"{store.number}/u" for store in world.frozen]
-    ops = [_Op.STORE(number, store_options(limits)), _Op.LAYERS_DIR(layers_dir())]
-    ops += [_Op.ORIGIN(":".join(base))] if world.base.image else [_Op.READ_ONLY()]
-    return [*ops, _Op.ROOT(":".join(frozen + base))]
-
-
-def _limit_ops(limits: Limits, *, capped: bool) -> list[bytes]:
-    size = max(limits.disk_mb + 1, 4) << 20  # above the disk, which is to answer first, and the broker's command buffer
-    values = {
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NOFILE: 4096,
-        resource.RLIMIT_FSIZE: size,
-        resource.RLIMIT_MEMLOCK: 1 << 16,
-        resource.RLIMIT_RTPRIO: 0,
-        resource.RLIMIT_NICE: 0,
-    }
-    if not capped:  # where a cgroup caps them, it answers alone: it counts its refusals, which a resource limit doesn't
-        values[resource.RLIMIT_AS] = limits.memory_mb << 20
-        values[resource.RLIMIT_NPROC] = limits.pids + cgroups.OWN_PIDS
-    return [_Op.RLIMIT(int(name), value) for name, value in values.items()]
 
 
 def _explain(error: SetupError, workdir: str, *, again: bool) -> Exception:

@@ -2,12 +2,14 @@
 
 Everything that outlives a function call carries the name of its owner (`envs/sandbox/owner.py`); what an ended owner's
 name is on is freed, what a living one's or nobody's is on is left alone. Little is left normally: a helper ends with its
-owner and takes its sandboxes with it, a container ends with its stream. One more kind of thing is one more finder.
+owner and takes its sandboxes with it, a container ends with its stream. Images that every process may use have no owner:
+they are free when nobody has used them for a week. One more kind of thing is one more finder.
 Any number of reapers may run at once: a thing that vanished meanwhile is no error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -17,11 +19,14 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from envs.errors import CodeworldError, InfraError
 from envs.sandbox import cgroups
+from envs.sandbox.helper import KEPT_SECONDS
+from envs.sandbox.hostbase import HOST_IMAGE
 from envs.sandbox.hoststore import ROOT
 from envs.sandbox.owner import PREFIX, Owner
 
@@ -73,7 +78,7 @@ def reap(dry_run: bool = False, *, finders: Iterable[Finder] | None = None) -> l
 
 def everything() -> list[Finder]:
     """Finders of all kinds, in the order in which things let go of one another."""
-    return [helpers, groups_anywhere, mounts, directories, containers]
+    return [helpers, groups_anywhere, mounts, directories, containers, images]
 
 
 _started: set[str] = set()
@@ -81,7 +86,7 @@ _started: set[str] = set()
 
 def on_start(backend: str, client: Any = None) -> None:
     """Reap quietly what `backend` may have left, once per process: names are listed, nothing is searched. With docker's
-    `client` it costs one call."""
+    `client` it costs two calls."""
     if backend in _started:
         return
     _started.add(backend)
@@ -89,7 +94,10 @@ def on_start(backend: str, client: Any = None) -> None:
     def its_containers() -> Iterator[Leftover]:
         return containers(client)
 
-    reap(finders=[its_containers, mounts, directories] if backend == "docker" else [groups, mounts, directories])
+    def its_images() -> Iterator[Leftover]:
+        return images(client)
+
+    reap(finders=[*([its_containers, its_images] if backend == "docker" else [groups]), mounts, directories])
 
 
 def helpers() -> Iterator[Leftover]:
@@ -127,6 +135,26 @@ def directories() -> Iterator[Leftover]:
 
 def containers(client: Any = None) -> Iterator[Leftover]:
     """Containers, with their anonymous volumes. Raises `InfraError` where no engine answers."""
+    with _engine(client) as engine:
+        for found in engine.api.containers(all=True, filters={"label": OWNER_LABEL}):
+            if _lease_is_over(found["Labels"]):
+                remove = functools.partial(_remove_container, engine, found["Id"])
+                yield Leftover("container", found["Id"][:12], remove)
+
+
+def images(client: Any = None) -> Iterator[Leftover]:
+    """Images that `base="host"` once stood on, unused for a week: whose name no process has given them again (`docker`), and
+    that no container has. Raises `InfraError` where no engine answers."""
+    with _engine(client) as engine:
+        for found in engine.images.list(HOST_IMAGE):
+            named = datetime.fromisoformat(found.attrs["Metadata"]["LastTagTime"])
+            for name in found.tags if time.time() - named.timestamp() > KEPT_SECONDS else ():
+                yield Leftover("image", name, functools.partial(_remove_image, engine, name))
+
+
+@contextlib.contextmanager
+def _engine(client: Any) -> Iterator[Any]:
+    """`client`, or one of its own."""
     try:
         import docker
 
@@ -134,10 +162,7 @@ def containers(client: Any = None) -> Iterator[Leftover]:
     except Exception as error:  # the SDK is optional, and has errors of its own for a bad DOCKER_HOST
         raise InfraError(f"no docker engine answers ({_line(error)})") from error
     try:
-        for found in engine.api.containers(all=True, filters={"label": OWNER_LABEL}):
-            if _lease_is_over(found["Labels"]):
-                remove = functools.partial(_remove_container, engine, found["Id"])
-                yield Leftover("container", found["Id"][:12], remove)
+        yield engine
     except docker.errors.DockerException as error:
         raise InfraError(f"docker: {_line(error)}") from error
     finally:
@@ -295,4 +320,17 @@ def _remove_container(client: Any, name: str) -> None:
     except docker.errors.APIError as error:
         if error.status_code == 409:  # it is being removed already
             raise FileNotFoundError(errno.ENOENT, "going", name) from None
+        raise OSError(errno.EIO, _line(error), name) from error
+
+
+def _remove_image(client: Any, name: str) -> None:
+    import docker
+
+    try:
+        client.api.remove_image(name)
+    except docker.errors.ImageNotFound:
+        raise FileNotFoundError(errno.ENOENT, "gone", name) from None
+    except docker.errors.APIError as error:
+        if error.status_code == 409:  # a container has it
+            raise FileNotFoundError(errno.ENOENT, "in use", name) from None
         raise OSError(errno.EIO, _line(error), name) from error

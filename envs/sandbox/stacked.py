@@ -112,7 +112,7 @@ class Live:
         self.stop()
         if self.group:
             self.group.close()
-        for fd in (self.root, self.origin):
+        for fd in (self.root, self.origin, self.channel.proc):
             if fd is not None:
                 os.close(fd)
 

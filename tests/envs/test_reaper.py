@@ -19,9 +19,11 @@ import pytest
 from envs.__main__ import main
 from envs.errors import InfraError, SandboxDead
 from envs.sandbox import cgroups, hoststore, make_backend, reaper
+from envs.sandbox.hostbase import HOST_IMAGE
 from envs.sandbox.native import NativeBackend
 from envs.sandbox.owner import PREFIX, Owner, current
 from envs.sandbox.reaper import Leftover, Reaped, reap
+from tests.envs.images import tar
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("native", "docker")]
@@ -218,6 +220,28 @@ def test_a_run_reaps_when_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 # ---- containers ----
+
+
+@pytest.mark.docker
+def test_a_host_image_without_containers_that_nobody_named_for_a_week_is_removed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import docker
+
+    client, tag = docker.from_env(), f"test-{os.getpid()}"
+    client.api.import_image_from_data(tar({"x": b""}), repository=HOST_IMAGE, tag=tag)
+    name = f"{HOST_IMAGE}:{tag}"
+    assert name not in [left.name for left in reaper.images(client)]
+    monkeypatch.setattr(reaper, "KEPT_SECONDS", -60)
+    (left,) = [left for left in reaper.images(client) if left.name == name]
+    container = client.containers.create(name, ["x"])
+    with pytest.raises(FileNotFoundError, match="in use"):
+        left.free()
+    container.remove()
+    left.free()
+    with pytest.raises(FileNotFoundError, match="gone"):
+        left.free()
+    client.close()
 
 
 @pytest.mark.docker

@@ -22,7 +22,7 @@ import pytest
 from envs.errors import SandboxDead, Unsupported
 from envs.sandbox import Backend, FileChange, Limits, Result, Sandbox, cgroups, helper, make_backend, probe
 from envs.sandbox import channel as channels
-from envs.sandbox.channel import GUARD
+from envs.sandbox.clocks import GUARD
 from envs.sandbox.owner import PREFIX, Owner, current
 from tests.envs.images import docker_archive, system, tar
 
@@ -228,7 +228,7 @@ def test_a_starved_command_goes_on_up_to_the_guard(create: Callable[..., Sandbox
 
 def test_a_broker_that_says_it_lives_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "GRACE", 1.0)
-    alive, answer = struct.pack("<Ic", 1, b"H"), struct.pack("<IcBiBQII", 24, b"K", 0, 0, 0, 2, 1, 2) + b"/ok"
+    alive, answer = struct.pack("<IcQ", 9, b"H", 0), struct.pack("<IcBiBQII", 26, b"K", 0, 0, 0, 2, 1, 2) + b"/ok"
     mine, broker = socket.socketpair()
     channel = channels.Channel(mine)
 
@@ -240,10 +240,28 @@ def test_a_broker_that_says_it_lives_is_waited_for(monkeypatch: pytest.MonkeyPat
 
     with ThreadPoolExecutor(1) as pool, broker, mine:
         pool.submit(starved)
-        reply = channel.run(b"", b"", 0.1, 2)
+        channel.proc = os.open("/proc", os.O_RDONLY)
+        reply = channel.run(b"", b"", 60.0, 2)
         assert (reply.how, reply.cwd, reply.head) == ("exit", "/", b"ok") and reply.wall > 1.5
         with pytest.raises(SandboxDead, match="stopped answering"):
             channel.run(b"", b"", 60.0, 2)
+        os.close(channel.proc)
+
+
+def test_a_command_that_ends_just_when_its_time_does_has_ended() -> None:
+    """What was to end it is answered by itself, and that answer is no other request's."""
+    run = struct.pack("<IcBiBQII", 26, b"K", 0, 3, 0, 2, 1, 2) + b"/ok"
+    mine, broker = socket.socketpair()
+    channel = channels.Channel(mine)
+    channel.proc = os.open("/proc", os.O_RDONLY)
+    with broker, mine:
+        broker.sendall(struct.pack("<IcQ", 9, b"H", 0) + run + struct.pack("<Ic", 1, b"K"))
+        reply = channel.run(b"", b"", 0.0, 2)
+        assert (reply.how, reply.status, reply.clock, reply.head) == ("exit", 3, None, b"ok")
+        assert broker.recv(1 << 16).endswith(struct.pack("<Ic", 1, b"X"))
+        broker.sendall(struct.pack("<Ic", 2, b"K") + b"!")
+        assert channel.ask(b"G", b"") == b"!"
+    os.close(channel.proc)
 
 
 def test_kill_minus_one(box: Sandbox) -> None:
@@ -665,8 +683,10 @@ def groups(pid: int = os.getpid()) -> list[str]:
 
 
 def mounts() -> list[str]:
-    """Mounts of the host but those of containers, which others may be starting."""
-    return [line for line in Path("/proc/mounts").read_text().splitlines() if "/docker/" not in line]
+    """Mounts of the host but those of containers and of other owners, who may be starting some."""
+    lines = Path("/proc/mounts").read_text().splitlines()
+    own = f"/{PREFIX}{os.getpid()}-"
+    return [line for line in lines if "/docker/" not in line and (f"/{PREFIX}" not in line or own in line)]
 
 
 def eventually(check: Callable[[], bool], seconds: float = 20.0) -> bool:
@@ -840,12 +860,12 @@ def test_cgroups_are_found_where_they_can_be_made(tmp_path: Path) -> None:
 def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    helper.helper_path.cache_clear()
+    helper._place.cache_clear()
     try:
         with pytest.raises(Unsupported, match=r"^[^\n]*no C compiler[^\n]*$"):
             helper.helper_path()
     finally:
-        helper.helper_path.cache_clear()
+        helper._place.cache_clear()
 
 
 def test_no_engine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -959,7 +979,7 @@ from envs.sandbox import reaper
 from envs.sandbox.native import NativeBackend
 tempfile.tempdir = {place!r}
 pathlib.Path({place!r}, {mine!r}).mkdir()
-print(json.dumps([list(row) for row in reaper.reap(finders=reaper.everything()[:-1]) if {tag!r} in row.name]))
+print(json.dumps([list(row) for row in reaper.reap(finders=reaper.everything()[:-2]) if {tag!r} in row.name]))
 with NativeBackend().create() as box:
     assert box.run("true", timeout=20).ok
 """
