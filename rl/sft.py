@@ -326,6 +326,16 @@ def fit(model: Any, rows: Sequence[Row], config: WarmStart, tokenizer: Path, wor
     return list(trainer.state.log_history)
 
 
+def drilled(renderer: Renderer, config: WarmStart) -> list[Row]:
+    """The drills, comebacks and inspections of a warm start."""
+    kinds = ["drill"] * config.drills + ["comeback"] * config.comebacks + ["inspection"] * config.inspections
+    rows = []
+    for i, kind in enumerate(kinds):
+        task = repairs.task("train", DRILLS_FROM + i)
+        rows.append(inspected(renderer, KINDS[kind](task, config.seed), task))
+    return rows
+
+
 def warm_start(config: WarmStart, out: Path, workdir: Path, backend: str = "auto") -> dict[str, Any]:
     """Collect, train a tokenizer and a model from nothing, and save both in `out` with what they were made from."""
     workdir.mkdir(parents=True, exist_ok=True)
@@ -336,11 +346,7 @@ def warm_start(config: WarmStart, out: Path, workdir: Path, backend: str = "auto
     texts = (content for messages in episodes[:2000] for _, content in messages)
     train_tokenizer(texts, config.vocab_size).save(str(out / "tokenizer.json"))
     renderer = Renderer(out)
-    rows = [Row(*render(renderer, messages)) for messages in episodes]
-    kinds = ["drill"] * config.drills + ["comeback"] * config.comebacks + ["inspection"] * config.inspections
-    for i, kind in enumerate(kinds):
-        task = repairs.task("train", DRILLS_FROM + i)
-        rows.append(inspected(renderer, KINDS[kind](task, config.seed), task))
+    rows = [Row(*render(renderer, messages)) for messages in episodes] + drilled(renderer, config)
     size = replace(config.model, vocab_size=renderer.vocab_size, eos_id=renderer.end_id)
     model = models.build(size, config.seed)
     log = fit(model, rows, config, out / "tokenizer.json", workdir)
