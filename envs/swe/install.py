@@ -107,11 +107,7 @@ class Build:
             self._on_path(tree)
         else:
             self._editable(source)
-        asked = {"requirements": requirements.test_requirements(tree), "extras": list(extras)}
-        answer = self.box.run(f"python -c {shlex.quote(_METADATA)}", stdin=json.dumps(asked).encode(), timeout=SECONDS)
-        if not answer.ok:
-            raise Refused("install", f"its metadata can't be read ({last_words(answer)})")
-        needs = json.loads(answer.text().splitlines()[-1])
+        needs = self._needs(requirements.test_requirements(tree), extras)
         self._requirements(needs["required"], [r for r in needs["optional"] if name_of(r) not in requirements.TOOLS])
         self._compile()
         if self._collected(tree):
@@ -139,7 +135,8 @@ class Build:
             with contextlib.suppress(ValueError):  # what is missing is asked for one by one
                 self._give(requirements.build_requirements(tree))
             try:
-                self._editable(source, "")
+                self._editable(source)
+                self._requirements(self._needs((), ())["required"], ())
             except Refused as error:
                 self.dropped.append(f"{source.name}: {error}")
                 plain = True
@@ -153,12 +150,21 @@ class Build:
         packages = json.loads(self._do(f"python -c {shlex.quote(_PACKAGES)}", "install").text())
         return {"python": self.interpreter.version, "packages": packages, "dropped": self.dropped, "plain": plain}
 
+    def _needs(self, tests: Sequence[str], extras: Sequence[str]) -> dict[str, Any]:
+        """What the installed package requires, and what its tests do, as its interpreter decides."""
+        asked = {"requirements": list(tests), "extras": list(extras)}
+        answer = self.box.run(f"python -c {shlex.quote(_METADATA)}", stdin=json.dumps(asked).encode(), timeout=SECONDS)
+        if not answer.ok:
+            raise Refused("install", f"its metadata can't be read ({last_words(answer)})")
+        found: dict[str, Any] = json.loads(answer.text().splitlines()[-1])
+        return found
+
     def _on_path(self, tree: Tree) -> None:
         """Have the repository's modules found where they lie."""
         place = f"{TESTBED}/src" if any(path.startswith("src/") for path in tree) else TESTBED
         self._do(f"echo {place} > {VENV}/lib/python{self.interpreter.version}/site-packages/testbed.pth", "install")
 
-    def _editable(self, source: Source, options: str = "--no-deps ") -> None:
+    def _editable(self, source: Source) -> None:
         version = source.version or "0.0.1"
         names = (
             "SETUPTOOLS_SCM_PRETEND_VERSION",
@@ -167,7 +173,7 @@ class Build:
             "POETRY_DYNAMIC_VERSIONING_BYPASS",
         )
         env = " ".join(f"{name}={shlex.quote(version)}" for name in names)
-        self._pip(f"{options}-e {TESTBED}", "install", env)
+        self._pip(f"--no-deps -e {TESTBED}", "install", env)
 
     def _requirements(self, required: Sequence[str], optional: Sequence[str]) -> None:
         """All together where that works; else what is required, and each of the others that can be had beside it."""

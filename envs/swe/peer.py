@@ -6,6 +6,7 @@ directory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from envs.sandbox.bases import find_base
+from envs.sandbox.engine import engine_image
 from envs.swe.swe_bench import Prediction, save_predictions
 from envs.task import Task
 
@@ -89,10 +91,10 @@ def official_eval(
     """
     made = {p.instance_id: p for p in predictions}
     chosen = [task for task in tasks if task.id in made]
-    with tempfile.TemporaryDirectory(prefix="codeworld-swebench-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="codeworld-swebench-") as scratch, _Engine() as images:
         place = directory or Path(scratch)
         place.mkdir(parents=True, exist_ok=True)
-        rows = [row_of(task) for task in chosen]
+        rows = [row_of(task, images.bring(task.base)) for task in chosen]
         (place / "rows.json").write_text(json.dumps(rows))
         save_predictions(place / "predictions.jsonl", [made[task.id] for task in chosen])
         run = f"codeworld{os.getpid()}"
@@ -112,14 +114,14 @@ def official_eval(
         return found
 
 
-def row_of(task: Task) -> dict[str, object]:
-    """A task as a row of SWE-bench 5, its image brought into the Docker engine where it is not there."""
+def row_of(task: Task, image: str) -> dict[str, object]:
+    """A task as a row of SWE-bench 5."""
     grader = task.grader
     return {
         "instance_id": task.id,
         "repo": task.provenance.get("repo", ""),
         "version": task.provenance.get("version", ""),
-        "image": _engine(task.base),
+        "image": image,
         "eval_script": task.blob(grader.script, "script").decode(),
         "log_parser": f"parse_log_{grader.parser}",
         "eval_type": "pass_and_fail",
@@ -130,16 +132,28 @@ def row_of(task: Task) -> dict[str, object]:
     }
 
 
-def _engine(base: str) -> str:
-    """The engine's name for a base."""
-    import docker
-    from envs.sandbox.engine import engine_image
+class _Engine:
+    """The local Docker engine; what was brought into it is removed at the end."""
 
-    client = docker.from_env()
-    try:
-        return str(engine_image(client, base, find_base(base)).id)
-    finally:
-        client.close()
+    def __enter__(self) -> _Engine:
+        import docker
+
+        self.client = docker.from_env()
+        self.known = {image["Id"] for image in self.client.api.images(all=True)}
+        self.brought: set[str] = set()
+        return self
+
+    def bring(self, base: str) -> str:
+        """The engine's name for a base, which is loaded where it is not there."""
+        name = str(engine_image(self.client, base, find_base(base)).id)
+        self.brought |= {name} - self.known
+        return name
+
+    def __exit__(self, *_: object) -> None:
+        for name in self.brought:
+            with contextlib.suppress(Exception):  # in use, or gone already
+                self.client.images.remove(name)
+        self.client.close()
 
 
 def disagreements(official: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
