@@ -19,10 +19,9 @@ from pathlib import Path
 from envs.errors import InfraError, Unsupported
 from envs.sandbox import cgroups
 from envs.sandbox.base import Limits
-from envs.sandbox.bases import 
-from envs.sandbox.layers import layers_dir
 from envs.sandbox.helper import unprivileged
 from envs.sandbox.hostbase import DEVICES, bind_paths, etc_files
+from envs.sandbox.layers import layers_dir
 from envs.sandbox.stacked import World, host_uid, store_options
 from envs.sandbox.syscalls import ANY, call
 
