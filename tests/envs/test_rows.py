@@ -173,14 +173,13 @@ def test_the_command_line_of_swebench_agrees(native, tmp_path):
     layer = tree_layer({path.partition("/")[2]: Entry(data) for path, data in FILES.items()}, "/testbed")
     digest = store.extend(store.add_base("codeworld-base"), [layer], workdir="/testbed")
     task = swe_bench.task_of({**ROW, "image": digest}, "row 1")
-    try:
-        for patch, word in ((GOLD, "resolved"), (peer.NOTHING, "unresolved")):
-            made = swe_bench.Prediction(instance_id=task.id, model_patch=patch)
-            theirs = peer.official_eval([task], [made], directory=tmp_path / word)
-            ours = {task.id: log_grading.grade_patch(task, patch, native).outcome}
-            assert theirs == ours == {task.id: word} and not peer.disagreements(theirs, ours)
-    finally:
-        docker.from_env().images.remove(digest, force=True)
+    for patch, word in ((GOLD, "resolved"), (peer.NOTHING, "unresolved")):
+        made = swe_bench.Prediction(instance_id=task.id, model_patch=patch)
+        theirs = peer.official_eval([task], [made], directory=tmp_path / word)
+        ours = {task.id: log_grading.grade_patch(task, patch, native).outcome}
+        assert theirs == ours == {task.id: word} and not peer.disagreements(theirs, ours)
+    with pytest.raises(docker.errors.ImageNotFound):
+        docker.from_env().images.get(digest)  # it was brought in for the run alone
 
 
 def test_real_instances(native, tmp_path):
