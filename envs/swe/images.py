@@ -35,6 +35,8 @@ from envs.swe.wheels import Interpreter, WheelCache
 
 LIMITS = Limits(memory_mb=4096, disk_mb=2048, pids=256, output_kb=1024)
 """Of a sandbox that builds."""
+PYTHON = "interpreter.python"
+"""Label, inherited by what is built on it: for whom an image's wheels are."""
 RECIPE = 1
 """Part of an environment's key: another recipe builds anew."""
 _NOT_KEPT = (
@@ -166,7 +168,7 @@ def interpreter(
         with_pip = _layer(box, lambda path: path in ("opt", "opt/pip") or path.startswith("opt/pip/"))
         layer = _layer(box, _outside)
     env = {"PATH": f"{VENV}/bin:{_path(store, base)}", **_ENV}
-    labels = {"codeworld.interpreter": key, "codeworld.python": found}
+    labels = {"codeworld.interpreter": key, PYTHON: found}
     below = store.extend(base, [layer], env=env, labels=labels, created_by="codeworld: interpreter")
     labels = {"codeworld.tools": key}
     return below, store.extend(below, [with_pip], labels=labels, created_by="codeworld: pip, to build with")
@@ -250,7 +252,7 @@ def _is_kept(path: str, tree: Tree) -> bool:
 
 def interpreter_of(store: ImageStore, digest: str) -> Interpreter:
     """For whom an image's wheels are."""
-    return Interpreter(**json.loads(store.labels(digest)["codeworld.python"]))
+    return Interpreter(**json.loads(store.labels(digest)[PYTHON]))
 
 
 def remembered(store: ImageStore, digest: str, tree: Tree) -> Environment:
