@@ -19,8 +19,8 @@ $(VENV)/installed: pyproject.toml
 train: $(VENV)/installed  ## train the tiny policy (RECIPE=..., ARGS="--steps=2 --resume")
 	$(PY) rl/train.py $(RECIPE) $(ARGS)
 
-test: $(VENV)/installed lint  ## lint, types, layers, all tests
-	$(PY) -m pytest $(ARGS)
+test: $(VENV)/installed lint  ## lint, types, layers, all tests (ARGS="-n 0 -k changes")
+	$(PY) -m pytest -n 2 $(ARGS)
 
 lint: $(VENV)/installed  ## ruff, mypy, import-linter
 	$(VENV)/bin/ruff check .
