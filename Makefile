@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 RECIPE ?= rl/recipes/tiny.toml
 ARGS ?=
 
-.PHONY: help train test lint clean
+.PHONY: help train test slow lint clean
 
 help:  ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -19,8 +19,11 @@ $(VENV)/installed: pyproject.toml
 train: $(VENV)/installed  ## train the tiny policy (RECIPE=..., ARGS="--steps=2 --resume")
 	$(PY) rl/train.py $(RECIPE) $(ARGS)
 
-test: $(VENV)/installed lint  ## lint, types, layers, all tests (ARGS="-n 0 -k changes")
-	$(PY) -m pytest -n 2 $(ARGS)
+test: $(VENV)/installed lint  ## lint, types, layers, all tests but the slow ones
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+slow: $(VENV)/installed  ## the slow tests: killed and resumed runs, measurements
+	$(PY) -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/installed  ## ruff, mypy, import-linter
 	$(VENV)/bin/ruff check .

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -34,20 +33,6 @@ def missing(part: str) -> str:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "native: needs namespaces (root, or user namespaces for ordinary users)")
     config.addinivalue_line("markers", "registry: needs Debian's docker-registry")
-
-
-ONE_AFTER_ANOTHER = ("e2e", "rl", "benchmarks", "policy")
-"""Folders whose tests start runs of many processes, or measure: never two of them at once. Other files may run side by side."""
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            folder, *below = item.path.relative_to(Path(__file__).parent).parts
-            name = "runs" if folder in ONE_AFTER_ANOTHER else "/".join((folder, *below))
-            if folder not in ONE_AFTER_ANOTHER and item.get_closest_marker("docker"):
-                name = "engine"  # its images are everybody's
-            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -39,8 +39,10 @@ from envs.task import Grader, Task, save_blobs, save_tasks, sha256, task_from_js
 
 LIMITS = Limits(memory_mb=1024, disk_mb=256, pids=128)
 """Of a task's sandbox."""
-SUITE_SECONDS = 2.0
+SUITE_SECONDS = 1.0
 """Wall clock of the tests of one grading: the files of those that notice the bug, and others as long as they fit."""
+PROBE_SECONDS = 120.0
+"""Wall clock of the whole suite with a bug in; a bug that makes it hang is refused."""
 MOST_FAILING = 20
 """Test functions that notice a bug; a candidate that more of them notice breaks the package as a whole."""
 TRIES = 6
@@ -302,7 +304,7 @@ class _Builder:
 
             apply(box, TESTBED, {path: FileChange(data) for path, data in files.items()})
             try:
-                return discovery.run_suite(box, command, 60.0 + 3 * SUITE_SECONDS, tests=tests, junit=True)
+                return discovery.run_suite(box, command, PROBE_SECONDS, tests=tests, junit=True)
             except Refused as error:
                 raise _No("hangs" if "timeout" in str(error) else "suite", str(error)) from None
 

@@ -1,9 +1,9 @@
 """Is a task sound? `python -m envs validate DIR` proves it for each task of a set, before anybody trains on it.
 
 A sound task: the gold solution is resolved `k` times of `k`; doing nothing is never; each fail-to-pass test fails by itself
-without the solution and passes by itself with it; and no cheat pays (`envs/swe/cheats.py`). Pass-to-pass tests that the gold
-solution fails now and then are flaky: they leave `expected` and are named in `quality`. What was found is appended to
-`DIR/validation.jsonl` task by task, so that an interrupted run goes on where it stopped.
+without the solution, and they pass with it without the rest of the suite; and no cheat pays (`envs/swe/cheats.py`).
+Pass-to-pass tests that the gold solution fails now and then are flaky: they leave `expected` and are named in `quality`. What
+was found is appended to `DIR/validation.jsonl` task by task, so that an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from envs.sandbox.base import Backend, Changes, FileChange, Sandbox
 from envs.swe.cheats import cheats
 from envs.swe.discovery import run_suite
 from envs.swe.grading import Verdict, apply, filtered, grade
+from envs.swe.install import Refused
 from envs.swe.ledger import Ledger
 from envs.swe.patches import patch_changes
 from envs.swe.sentinels import base_id
@@ -79,6 +80,8 @@ def validate(task: Task, backend: Backend, *, k: int = 3) -> tuple[Task, Finding
         _cheats(task, backend, quality)
     except _Unsound as error:
         fault, why = error.fault, str(error)
+    except Refused as error:
+        fault, why = "alone", str(error)
     except InfraError as error:
         fault, why = "infra", str(error)
     finding = Finding(id=task.id, fault=fault, why=why, quality=quality, seconds=time.monotonic() - began)  # type: ignore[arg-type]
@@ -102,13 +105,15 @@ def gold_changes(task: Task, backend: Backend) -> Changes:
 
 def _gold(task: Task, backend: Backend, k: int, quality: dict[str, Any]) -> Task:
     changes = gold_changes(task, backend)
+    verdicts: list[Verdict] = []
     if task.grader.kind == "tests":
-        suspects = grade(task, changes, backend, most=len(task.grader.fail_to_pass)).suspects
-        if suspects:  # a copy of theirs behaves otherwise
-            quality["untwinned"] = sorted(suspects)
+        verdict = grade(task, changes, backend, most=len(task.grader.fail_to_pass))
+        if verdict.suspects:  # a copy of theirs behaves otherwise
+            quality["untwinned"] = sorted(verdict.suspects)
             task = replace(task, quality=quality)
-    verdicts = []
-    for _ in range(k):
+        elif verdict.outcome == "resolved":
+            verdicts.append(verdict)
+    while len(verdicts) < k:
         verdicts.append(grade(task, changes, backend))
         if verdicts[-1].outcome not in ("resolved", "unresolved"):
             raise _Unsound("gold", f"the gold solution is {verdicts[-1].outcome}: {verdicts[-1].why}")
@@ -154,15 +159,18 @@ def _alone(task: Task, backend: Backend, quality: dict[str, Any]) -> None:
         return
     functions = sorted({base_id(test) for test in tests})
     hidden = {path: FileChange(task.blob(name, path) if name else None) for path, name in task.grader.hidden.items()}
-    for what, changes in (("without", {}), ("with", gold_changes(task, backend))):
-        with _fresh(task, backend) as box:
-            apply(box, task.workdir, {**changes, **hidden})
-            for function in functions:
-                run = run_suite(box, task.grader.command, task.grader.seconds, tests=[function])
-                for test in tests:
-                    if base_id(test) == function and (run.outcomes.get(test) == "pass") != (what == "with"):
-                        verb = "passes" if what == "without" else "does not pass"
-                        raise _Unsound("alone", f"{test} by itself {verb} {what} the solution")
+    with _fresh(task, backend) as box:
+        apply(box, task.workdir, hidden)
+        for function in functions:
+            run = run_suite(box, task.grader.command, task.grader.seconds, tests=[function])
+            for test in tests:
+                if base_id(test) == function and run.outcomes.get(test) == "pass":
+                    raise _Unsound("alone", f"{test} by itself passes without the solution")
+    with _fresh(task, backend) as box:
+        apply(box, task.workdir, {**gold_changes(task, backend), **hidden})
+        run = run_suite(box, task.grader.command, task.grader.seconds, tests=functions)
+        if wrong := [test for test in tests if run.outcomes.get(test) != "pass"]:
+            raise _Unsound("alone", f"{wrong[0]} does not pass with the solution when the other tests don't run")
     quality["alone"] = len(tests)
 
 

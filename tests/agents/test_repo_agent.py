@@ -90,6 +90,7 @@ def env(setting):
     env.close()
 
 
+@pytest.mark.slow
 def test_a_policy_makes_the_tests_run_where_the_plain_build_does_not(setting, renderer):
     store, base, source, backend, cache = setting
     plain = images.environment(store, base, source, backend, cache=cache)

@@ -104,6 +104,7 @@ def test_parity_and_ledger_are_in_the_record(run):
         assert labels["wait_start"] < 0.9 * sum(labels.values())
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_overwritten_and_resumes_to_more_steps(run, tmp_path):
     directory, _ = run
     again = train("--steps=2", runs=directory.parent)
@@ -126,6 +127,7 @@ def wait_for(path, text, process, seconds=200):
     raise AssertionError(f"{text!r} did not appear in {path}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_resume_after(how, tmp_path):
     log = tmp_path / "log"
@@ -159,6 +161,7 @@ def command_line(pid):
         return ""
 
 
+@pytest.mark.slow
 def test_a_dead_rollout_worker_is_replaced(tmp_path):
     log = tmp_path / "log"
     with log.open("w") as handle:
@@ -207,6 +210,7 @@ def test_a_run_directory_in_use(tmp_path):
     assert done.returncode == 2 and f"in use by process {os.getpid()}" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_episode_past_its_deadline_is_lost_and_tried_again(tmp_path):
     """Its worker is killed, all that it played is played again, and the run ends as if nothing had been."""
     (tmp_path / "mine.py").write_text(

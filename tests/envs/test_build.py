@@ -151,6 +151,7 @@ def test_a_second_run_decides_nothing_again(built, shop):
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on(built, shop, tmp_path):
     command = [
         sys.executable,
@@ -177,6 +178,7 @@ def test_a_killed_build_goes_on(built, shop, tmp_path):
     assert [task.base for task in load_tasks(tmp_path)] == [task.base for task in load_tasks(built)]
 
 
+@pytest.mark.slow
 def test_a_fix_in_history_becomes_a_task(offline, shop, tmp_path, native, capsys):
     assert main(["build", "--from", str(shop), "--tasks", "history:5", "--out", str(tmp_path)]) == 0
     (task,) = load_tasks(tmp_path)

@@ -71,6 +71,7 @@ def repositories(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_agrees_with_pytest_on_every_template_and_200_mutants(repositories):
     verdicts = by_pytest(repositories)
     assert len(verdicts) == 200 + len(TEMPLATES)
