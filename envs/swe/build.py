@@ -3,9 +3,9 @@
     source ─► image ─► suite, run twice ─► candidates ─► which tests notice? ─► task ─► validation ─► DIR/tasks.jsonl
 
 A candidate is a bug with its repair, made by mutation (`mutate.py`) or found in history (`history.py`). Its task is the
-repository with the bug and without the tests that notice it; those are hidden, with the suite's other tests that fit in
-`SUITE_SECONDS`. What became of each candidate is a row of `DIR/ledger.jsonl`, written before the next one counts, so that a
-run that was killed goes on where it stopped: equal arguments give the equal set.
+repository with the bug and without the tests that notice it; those are hidden, and expected to pass with as many of the
+suite's other tests as fit in `SUITE_SECONDS`. What became of each candidate is a row of `DIR/ledger.jsonl`, written before
+the next one counts, so that a run that was killed goes on where it stopped: equal arguments give the equal set.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -39,10 +39,10 @@ from envs.task import Grader, Task, save_blobs, save_tasks, sha256, task_from_js
 
 LIMITS = Limits(memory_mb=1024, disk_mb=256, pids=128)
 """Of a task's sandbox."""
-SUITE_SECONDS = 1.0
-"""Wall clock of the tests of one grading: the files of those that notice the bug, and others as long as they fit."""
-PROBE_SECONDS = 120.0
-"""Wall clock of the whole suite with a bug in; a bug that makes it hang is refused."""
+SUITE_SECONDS = 0.5
+"""Wall clock of the tests of one grading: those that notice the bug, and others as long as they fit."""
+HANGS = 10.0
+"""Times the wall clock of the whole suite, and seconds at least, after which a bug makes it hang; such a bug is refused."""
 MOST_FAILING = 20
 """Test functions that notice a bug; a candidate that more of them notice breaks the package as a whole."""
 TRIES = 6
@@ -268,10 +268,10 @@ class _Builder:
         if candidate.commit:
             tree = {**repository.source.tree(candidate.commit), **env.made}
             image = images.at_commit(self.store, env, tree)
-        before = self._run(image, found.command, {**candidate.broken, **candidate.tests})
+        before = self._run(image, found, {**candidate.broken, **candidate.tests})
         outcomes, seconds = found.tests, found.seconds
         if candidate.commit:
-            after = self._run(image, found.command, {**candidate.fixed, **candidate.tests})
+            after = self._run(image, found, {**candidate.fixed, **candidate.tests})
             outcomes, seconds = after.outcomes, after.seconds
         good = [test for test, outcome in outcomes.items() if outcome == "pass" and test not in found.unstable]
         failing = [test for test in good if before.outcomes.get(test) != "pass"]
@@ -284,7 +284,7 @@ class _Builder:
         text = candidate.statement or self._statement(repository, candidate, before, failing, tests)
         hidden = {test.partition("::")[0] for test in failing} | set(candidate.tests)
         seen = self._visible(candidate, tree, tests, failing)
-        expected = self._chosen(failing, kept, seconds)
+        expected = dict.fromkeys(chosen(failing, kept, seconds), "pass")
         base = images.task_image(self.store, image, tree, {**candidate.broken, **seen})
         return make_task(
             repository.source,
@@ -297,14 +297,14 @@ class _Builder:
             {path: tests.get(path) for path in hidden},
         )
 
-    def _run(self, image: str, command: str, files: Mapping[str, bytes | None], tests: Iterable[str] = ()) -> Run:
-        """The suite, or some tests of it, with files put in."""
+    def _run(self, image: str, found: Discovery, files: Mapping[str, bytes | None]) -> Run:
+        """The suite with files put in."""
         with self.backend.create(base=image, workdir=TESTBED, limits=discovery.LIMITS) as box:
             from envs.swe.grading import apply
 
             apply(box, TESTBED, {path: FileChange(data) for path, data in files.items()})
             try:
-                return discovery.run_suite(box, command, PROBE_SECONDS, tests=tests, junit=True)
+                return discovery.run_suite(box, found.command, HANGS * max(found.wall, 1.0), junit=True)
             except Refused as error:
                 raise _No("hangs" if "timeout" in str(error) else "suite", str(error)) from None
 
@@ -340,19 +340,31 @@ class _Builder:
                 seen[path] = without_tests(data, names)
         return seen
 
-    def _chosen(self, failing: Sequence[str], kept: Sequence[str], seconds: Mapping[str, float]) -> dict[str, str]:
-        """The expected tests: of the files with failing ones, then of others, the quickest first, while they fit."""
-        files = {test.partition("::")[0] for test in failing}
-        spent = sum(seconds.get(path, 0.0) for path in files)
-        for path in sorted(
-            {test.partition("::")[0] for test in kept} - files, key=lambda path: (seconds.get(path, 0.0), path)
-        ):
-            spent += seconds.get(path, 0.0)
-            if spent > SUITE_SECONDS:
-                break
+
+def chosen(failing: Sequence[str], kept: Sequence[str], seconds: Mapping[str, float]) -> list[str]:
+    """The expected tests: the failing ones, and of those kept, of the same files first, the quickest that fit.
+
+    seconds: test function → wall clock of its tests; test file → that of collecting it (`Discovery.seconds`).
+    """
+
+    def file(test: str) -> str:
+        return test.partition("::")[0]
+
+    def rank(function: str) -> tuple[bool, float, str, float, str]:
+        path = file(function)
+        return path not in first, seconds.get(path, 0.0), path, seconds.get(function, 0.0), function
+
+    functions = {base_id(test) for test in failing}
+    first = {file(test) for test in failing}
+    files, spent = set(first), sum(seconds.get(function, 0.0) for function in functions)
+    for function in sorted({base_id(test) for test in kept} - functions, key=rank):
+        path = file(function)
+        more = seconds.get(function, 0.0) + (0.0 if path in files else seconds.get(path, 0.0))
+        if spent + more <= SUITE_SECONDS:
+            spent += more
+            functions.add(function)
             files.add(path)
-        chosen = sorted([*failing, *(test for test in kept if test.partition("::")[0] in files)])
-        return dict.fromkeys(chosen, "pass")
+    return sorted([*failing, *(test for test in kept if base_id(test) in functions)])
 
 
 def make_task(

@@ -15,6 +15,7 @@ from typing import Any
 from envs.errors import SandboxDead
 from envs.sandbox.base import Backend, Limits, Sandbox
 from envs.swe.install import TESTBED, Refused
+from envs.swe.sentinels import base_id
 
 COMMAND = "python -m pytest --rootdir=. -p no:cacheprovider -p no:randomly"
 """Run in the work directory, with test files or ids as arguments. With `--rootdir` ids are relative to it, whatever is run;
@@ -40,7 +41,8 @@ class Discovery:
     tests: Mapping[str, str]
     """Node id → "pass", "fail" or "skip", as all runs had it; doctests and unstable tests are left out."""
     seconds: Mapping[str, float]
-    """Test file → wall clock of its tests, set-up included, mean over the runs."""
+    """Test function (an id without parameters) → wall clock of its tests with all that pytest does for them; test file → that
+    of collecting it. Mean over the runs."""
     unstable: tuple[str, ...] = ()
     """Ids whose outcome differed between the runs, or that one run had not."""
     broken: tuple[str, ...] = ()
@@ -107,11 +109,11 @@ def _summary(command: str, found: Sequence[Run]) -> Discovery:
             unstable.append(test)
     if "pass" not in tests.values():
         raise _refusal(first, tests, unstable)
-    files = sorted({file for run in found for file in run.seconds})
+    timed = sorted({name for run in found for name in run.seconds})
     return Discovery(
         command=command,
         tests=tests,
-        seconds={file: round(sum(run.seconds.get(file, 0.0) for run in found) / len(found), 4) for file in files},
+        seconds={name: round(sum(run.seconds.get(name, 0.0) for run in found) / len(found), 4) for name in timed},
         unstable=tuple(unstable),
         broken=tuple(sorted(first.broken)),
         doctests=len(first.doctests),
@@ -162,9 +164,9 @@ def _note(run: Run, line: str) -> None:
             if entry["doctest"]:
                 run.doctests.add(test)
         elif what == "phase":
-            file = test.partition("::")[0]
-            run.seconds[file] = run.seconds.get(file, 0.0) + float(entry["seconds"])
             run.outcomes[test] = _worst(run.outcomes.get(test, "pass"), str(entry["outcome"]))
+        elif what == "spent":
+            run.seconds[base_id(test)] = run.seconds.get(base_id(test), 0.0) + float(entry["seconds"])
         elif what == "broken":
             run.broken[test] = str(entry["why"])
         elif what == "end":
@@ -195,6 +197,7 @@ def _refusal(run: Run, tests: Mapping[str, str], unstable: Sequence[str]) -> Ref
 _SOURCE = f'''
 """Writes what pytest does to {_REPORT}, one JSON object a line."""
 import json
+from time import perf_counter as _now
 
 import pytest
 
@@ -209,12 +212,24 @@ def _say(**entry):
 @pytest.hookimpl(tryfirst=True, wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     _say(what="start", id=item.nodeid, doctest=type(item).__name__ == "DoctestItem")
-    return (yield)
+    began = _now()
+    result = yield
+    _say(what="spent", id=item.nodeid, seconds=_now() - began)
+    return result
+
+
+@pytest.hookimpl(tryfirst=True, wrapper=True)
+def pytest_make_collect_report(collector):
+    began = _now()
+    report = yield
+    if isinstance(collector, pytest.Module):
+        _say(what="spent", id=collector.nodeid, seconds=_now() - began)
+    return report
 
 
 def pytest_runtest_logreport(report):
     outcome = "fail" if report.failed else "skip" if report.skipped else "pass"
-    _say(what="phase", id=report.nodeid, outcome=outcome, seconds=report.duration)
+    _say(what="phase", id=report.nodeid, outcome=outcome)
 
 
 def pytest_collectreport(report):

@@ -187,13 +187,12 @@ def grade(
     rng = rng or random.SystemRandom()
     grader = task.grader
     kept, dropped = filtered(task, changes)
-    owned = guarded(task)[0]
     hidden = {p: FileChange(task.blob(name, p) if name else None) for p, name in grader.hidden.items()}
     start = task.files(task.setup)
     gold = _gold(task)
     with backend.create(base=task.base, workdir=task.workdir, files=start, limits=task.limits) as sandbox:
         read = functools.partial(_read, sandbox, task, start)
-        files = sorted(path for path in owned if path not in hidden or hidden[path].data is not None)
+        files = sorted({test.partition("::")[0] for test in grader.expected})
         sources = {path: hidden[path].data if path in hidden else read(path) for path in files}
         old = {path: read(path) for path in (diffs(gold) if isinstance(gold, str) else gold)}
         copies = _twins(task, {path: data for path, data in sources.items() if data}, rng, most)
@@ -265,13 +264,14 @@ def _run_tiny(
 def _run_pytest(
     sandbox: Sandbox, task: Task, files: Sequence[str], copies: Twins, rng: random.Random
 ) -> tuple[Result, dict[str, str]]:
-    """The suite's own files first, as their tests may count on being the first; then the copies, in any order."""
+    """The expected tests, in their files' order, as they may count on it; then the copies, in any order."""
     home, key = f"/tmp/{secrets.token_hex(8)}", secrets.token_bytes(32)
     command, module = pytest_command(task, f"{home}/launch.py")
     ids = [*copies.sentinels, *copies.controls]
     rng.shuffle(ids)
     ids.sort(key=lambda test: test.partition("::")[0])  # whose names are random
-    job = {"key": key.hex(), "records": f"{home}/records", "args": [*files, *ids], "module": module}
+    only = sorted({base_id(test) for test in task.grader.expected}) + ids
+    job = {"key": key.hex(), "records": f"{home}/records", "args": [*files, *ids], "only": only, "module": module}
     sandbox.write(f"{home}/launch.py", _launcher())
     script = f"{_ENVIRONMENT}{command}"
     result = sandbox.run(script, timeout=task.grader.seconds, stdin=json.dumps(job).encode())

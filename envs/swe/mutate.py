@@ -3,7 +3,7 @@
     files ─► sources ─► sites (operator × function × change) ─► drawn round-robin over operators ─► checked ─► Candidate
 
 A candidate changes one function (or one import) of one file, parses, has another AST than the original and is made once.
-Whether a test notices is for the caller to find out; lines that tests are known to run are drawn first.
+Whether a test notices is for the caller to find out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 import warnings
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import libcst as cst
@@ -180,9 +180,7 @@ def _collect(files: Mapping[str, bytes], rng: random.Random) -> list[Site]:
     return found + _combinations(found, rng)
 
 
-def mutations(
-    files: Mapping[str, bytes], seed: int, n: int, *, covered: Mapping[str, Collection[int]] | None = None
-) -> Iterator[Candidate]:
+def mutations(files: Mapping[str, bytes], seed: int, n: int) -> Iterator[Candidate]:
     """At most `n` candidates over a repository's files, equal for equal arguments.
 
     Args:
@@ -190,20 +188,18 @@ def mutations(
             they name, and these are drawn a little sooner.
         seed: of everything that is drawn.
         n: candidates at most; less where the repository has not so many.
-        covered: path → lines (from 1) that the tests run; what they don't run is drawn last.
     """
     rng = random.Random(seed)
     words = set(b" ".join(d for p, d in sorted(files.items()) if is_test(p) and p.endswith(".py")).split())
     named = {
         w for word in words for w in word.replace(b"(", b".").replace(b")", b".").decode("utf-8", "replace").split(".")
     }
-    bags: dict[str, list[tuple[bool, float, Site]]] = defaultdict(list)
+    bags: dict[str, list[tuple[float, Site]]] = defaultdict(list)
     for site in _collect(files, rng):
-        unrun = covered is not None and site.line not in covered.get(site.path, ())
         rank = rng.random() + 0.3 * named.isdisjoint(site.function.split("."))
-        bags[site.operators[0] if len(site.operators) == 1 else COMBINATION].append((unrun, rank, site))
+        bags[site.operators[0] if len(site.operators) == 1 else COMBINATION].append((rank, site))
     for bag in bags.values():
-        bag.sort(key=lambda entry: entry[:2])
+        bag.sort(key=lambda entry: entry[0])
         del bag[MAX_SITES:]
     order = sorted(bags)
     rng.shuffle(order)
@@ -211,7 +207,7 @@ def mutations(
 
 
 def _draw(
-    files: Mapping[str, bytes], bags: Mapping[str, list[tuple[bool, float, Site]]], order: list[str], seed: int, n: int
+    files: Mapping[str, bytes], bags: Mapping[str, list[tuple[float, Site]]], order: list[str], seed: int, n: int
 ) -> Iterator[Candidate]:
     """Take turns over the operators; of each, the best site in the function and file that were drawn from least."""
     functions: Counter[tuple[str, str]] = Counter()
@@ -219,19 +215,19 @@ def _draw(
     made: set[str] = set()
     trees: dict[str, ast.Module] = {}
 
-    def cost(entry: tuple[bool, float, Site]) -> tuple[bool, int, int, float]:
-        unrun, rank, site = entry
-        return unrun, functions[site.path, site.function], paths[site.path], rank
+    def cost(entry: tuple[float, Site]) -> tuple[int, int, float]:
+        rank, site = entry
+        return functions[site.path, site.function], paths[site.path], rank
 
     while any(bags.values()):
         for operator in order:
             while bags[operator]:
                 best = min(bags[operator], key=cost)
                 bags[operator].remove(best)
-                path = best[2].path
+                path = best[1].path
                 if path not in trees:
                     trees[path] = parse(files[path])
-                candidate = _candidate(files[path], trees[path], best[2], seed)
+                candidate = _candidate(files[path], trees[path], best[1], seed)
                 if candidate is not None and candidate.id not in made:
                     break
             else:
@@ -239,7 +235,7 @@ def _draw(
             if len(made) >= n:
                 return
             made.add(candidate.id)
-            functions[path, best[2].function] += 1
+            functions[path, best[1].function] += 1
             paths[path] += 1
             yield candidate
 

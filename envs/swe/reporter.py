@@ -1,7 +1,7 @@
 """Runs pytest and says what became of each test, in lines that the tests' own output can't be mistaken for.
 
 It is copied into the grading sandbox, outside the repository, and is plain Python from 3.8 on. Its job comes on stdin as JSON
-(`key`, `records`, `args`, `module`), so that neither the command line nor the environment has the key. A record is a line
+(`key`, `records`, `args`, `only`, `module`), so that neither the command line nor the environment has the key. A record is a line
 
     HMAC-SHA256(key, number of the record + JSON) JSON
 
@@ -51,10 +51,13 @@ def read(data, key):
 
 
 class Reporter:
-    """A pytest plugin: a record when a test has run, and for a file that can't be collected."""
+    """A pytest plugin: a record when a test has run, and for a file that can't be collected.
 
-    def __init__(self, record):
-        self.record, self.tests, self.config = record, {}, None
+    only: ids without parameters of the tests to run, of all that are collected; none for all.
+    """
+
+    def __init__(self, record, only=()):
+        self.record, self.only, self.tests, self.config = record, frozenset(only), {}, None
 
     def pytest_cmdline_main(self, config):
         """Before pytest-xdist looks: no other processes."""
@@ -70,6 +73,12 @@ class Reporter:
         """A file that can't be imported."""
         if report.failed:
             self.record(id=self.config.cwd_relative_nodeid(report.nodeid), outcome="error", seconds=0.0)
+
+    def pytest_collection_modifyitems(self, items):
+        """The tests that count, in their order."""
+        if self.only:
+            name = self.config.cwd_relative_nodeid
+            items[:] = [item for item in items if name(item.nodeid).partition("[")[0] in self.only]
 
     def pytest_runtest_logreport(self, report):
         """One phase of a test; a test may have several reports of a phase (subtests, reruns), and one failure is enough."""
@@ -98,9 +107,9 @@ class Reporter:
 
 def arguments(args, cache):
     """Of pytest: the suite's own options, then ours, which win: a cache of its own (a suite may name options of the plugin,
-    so it stays), every test, in order, in this process, and a line for a failure: no source is parsed to show more, which
-    takes time and fails on CPython before 3.11.8 (gh-106905)."""
-    ours = ["-p", "no:randomly", "--maxfail=0", "--continue-on-collection-errors", "--tb=line"]
+    so it stays), every test, in order, in this process, asserts as they stand, and a line for a failure: no source is parsed
+    and rewritten to show more, which takes time and fails on CPython before 3.11.8 (gh-106905)."""
+    ours = ["-p", "no:randomly", "--maxfail=0", "--continue-on-collection-errors", "--tb=line", "--assert=plain"]
     return [*args, *ours] if "no:cacheprovider" in args else [*args, *ours, "-o", "cache_dir=" + cache]
 
 
@@ -118,7 +127,7 @@ def main():
         sys.path.insert(0, os.getcwd())
     args = arguments([*sys.argv[1:], *job["args"]], job["records"] + ".cache")
     sys.argv[0] = "pytest"
-    status = int(pytest.main(args, plugins=[Reporter(record)]))
+    status = int(pytest.main(args, plugins=[Reporter(record, job.get("only", ()))]))
     record(end=status)
     sys.stdout.flush()
     leave(status)

@@ -13,7 +13,7 @@ import pytest
 from envs.__main__ import main
 from envs.sandbox import make_backend
 from envs.sandbox.base import FileChange
-from envs.swe.build import parse_plan, parse_sources
+from envs.swe.build import chosen, parse_plan, parse_sources
 from envs.swe.grading import grade
 from envs.swe.ledger import Ledger
 from envs.swe.validate import count, gold_changes, validate_set
@@ -215,3 +215,13 @@ def test_sources_and_plans_as_they_are_written() -> None:
             parse_plan(text)
     with pytest.raises(ValueError, match="--from"):
         parse_sources(",")
+
+
+def test_the_quickest_other_tests_are_expected_too_while_they_fit():
+    failing = ["a.py::slow[1]", "a.py::slow[2]"]
+    kept = ["a.py::long", "a.py::quick[x]", "a.py::quick[y]", "b.py::one", "b.py::two", "c.py::three", "a.py::slow[3]"]
+    seconds = {"a.py": 9.0, "a.py::slow": 0.1, "a.py::long": 0.4, "a.py::quick": 0.1, "b.py": 0.1, "b.py::one": 0.1, "b.py::two": 0.2, "c.py": 0.2}  # fmt: skip
+    same = [*failing, "a.py::quick[x]", "a.py::quick[y]", "a.py::slow[3]"]
+    assert chosen(failing, kept, seconds) == sorted([*same, "b.py::one"])
+    assert chosen(failing, kept, seconds | {"a.py::slow": 9.0}) == sorted([*failing, "a.py::slow[3]"])
+    assert chosen(failing, [], {}) == failing

@@ -146,7 +146,8 @@ def test_discovery_runs_the_suite_and_keeps_what_passes(tiny, native):
         f"{file}double": "pass", f"{file}each[1]": "pass", f"{file}each[2]": "pass", f"{file}wrong": "fail", f"{file}skipped": "skip",
     }  # fmt: skip
     assert found.passing == (f"{file}double", f"{file}each[1]", f"{file}each[2]")
-    assert found.seconds.keys() == {"tests/test_tiny.py"} and found.wall > 0
+    timed = {"tests/test_tiny.py", *(f"{file}{name}" for name in ("double", "each", "wrong", "skipped"))}
+    assert found.seconds.keys() == timed and 0 < sum(found.seconds.values()) < found.wall
     with native.create(base=tiny[2].digest, workdir="/testbed") as box:  # what is recorded is enough, from any file
         result = box.run(f"{found.command} -q tests/test_tiny.py", timeout=60)
         assert "3 passed" in result.text() or ("3 passed, 1 skipped" in result.text() and "1 failed" in result.text())
@@ -158,15 +159,19 @@ def test_only_what_every_run_agrees_on_is_kept():
         for test, outcome in outcomes.items():
             _note(made, json.dumps({"what": "start", "id": f"t.py::{test}", "doctest": test == "doc"}))
             for phase in ("pass", outcome, "pass"):
-                _note(made, json.dumps({"what": "phase", "id": f"t.py::{test}", "outcome": phase, "seconds": 0.25}))
+                _note(made, json.dumps({"what": "phase", "id": f"t.py::{test}", "outcome": phase}))
+            _note(made, json.dumps({"what": "spent", "id": f"t.py::{test}[1]", "seconds": 0.75}))
         _note(made, "garbage")
-        _note(made, json.dumps({"what": "phase", "id": "t.py::x", "outcome": "pass", "seconds": "much"}))
+        _note(made, json.dumps({"what": "spent", "id": "t.py", "seconds": 0.5}))
+        _note(made, json.dumps({"what": "spent", "id": "t.py::x", "seconds": "much"}))
         return made
 
     runs = [run(a="pass", b="pass", c="fail", doc="pass", d="pass"), run(a="pass", b="fail", c="fail", doc="pass")]
     found = _summary("python -m pytest", runs)
     assert found.tests == {"t.py::a": "pass", "t.py::c": "fail"} and found.unstable == ("t.py::b", "t.py::d")
-    assert found.doctests == 1 and isinstance(found, Discovery) and found.seconds == {"t.py": 3.375}
+    assert found.doctests == 1 and isinstance(found, Discovery) and found.seconds == {
+        "t.py": 0.5, "t.py::a": 0.75, "t.py::b": 0.75, "t.py::c": 0.75, "t.py::doc": 0.75, "t.py::d": 0.375,
+    }  # fmt: skip
 
 
 TEST = b"def test_it():\n    assert 1\n"

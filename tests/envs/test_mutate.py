@@ -203,19 +203,6 @@ def test_operators_files_and_functions_take_turns():
     assert max(Counter((c.provenance["path"], c.provenance["function"]) for c in found).values()) == 1
 
 
-def test_covered_lines_come_first():
-    source = b"def f(a, b):\n    return a - b\n\n\ndef g(a, b):\n    return a - b\n"
-    whole = list(mutations({"m.py": source}, 0, 100))
-    assert {c.provenance["function"] for c in whole} == {"f", "g"}
-    counts = Counter(c.provenance["operator"] for c in whole)
-    seen: Counter = Counter()
-    for c in mutations({"m.py": source}, 0, 100, covered={"m.py": {5, 6}}):
-        operator = c.provenance["operator"]
-        seen[operator] += 1
-        if operator != "combination":
-            assert c.provenance["function"] == ("g" if seen[operator] <= counts[operator] / 2 else "f")
-
-
 def test_paths():
     assert [p for p in REPOSITORY if is_source(p)] == [
         p for p in REPOSITORY if p.startswith("src/") and "_vendor" not in p

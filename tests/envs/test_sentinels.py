@@ -16,10 +16,10 @@ from envs.swe.sentinels import base_id, twins
 LAUNCH = Path(reporter.__file__)
 
 
-def run(root, args, *flags, module=True):
+def run(root, args, *flags, module=True, only=()):
     """Exit status and records of one run of the launcher, not isolated: the tests are ours."""
     key, records = bytes(range(32)), root / "records"
-    job = {"key": key.hex(), "records": str(records), "args": args, "module": module}
+    job = {"key": key.hex(), "records": str(records), "args": args, "only": list(only), "module": module}
     done = subprocess.run(
         [sys.executable, LAUNCH, "-q", "-p", "no:hypothesispytest", "-p", "no:anyio", "--rootdir", root, *flags],
         cwd=root,
@@ -280,6 +280,29 @@ def test_what_becomes_of_each_test(tmp_path):
     assert said == {f"t/test_o.py::{test}": word for test, word in WORDS.items()} | {"t/test_broken.py": "error"}
     assert status == 1 and found[-1] == {"end": 1}
     assert not (tmp_path / ".pytest_cache").exists()
+
+
+def test_only_what_is_named_is_run(tmp_path):
+    source = """import pytest
+def test_a(): assert 0
+@pytest.mark.parametrize("x", [1, 2])
+def test_b(x): pass
+class TestC:
+    def test_a(self): pass
+    def test_b(self): pass
+"""
+    write(
+        tmp_path,
+        {"pyproject.toml": "[tool.pytest.ini_options]\n", "t/test_a.py": source, "t/test_broken.py": "1 / 0\n"},
+    )
+    status, found, _ = run(tmp_path, ["t/test_a.py"], only=["t/test_a.py::test_b", "t/test_a.py::TestC::test_a"])
+    assert [r.get("id") for r in found] == [
+        f"t/test_a.py::{test}" for test in ("test_b[1]", "test_b[2]", "TestC::test_a")
+    ] + [None]
+    assert status == 0
+    (tmp_path / "records").unlink()
+    status, found, _ = run(tmp_path, ["t/test_a.py", "t/test_broken.py"], only=["t/test_a.py::test_b"])
+    assert status == 1 and found[0]["id"] == "t/test_broken.py" and len(found) == 4
 
 
 def test_a_rerun_is_not_the_last_word():
