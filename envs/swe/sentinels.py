@@ -10,6 +10,8 @@ a test that it forges. Only forms are altered that fail for certain where the or
     with pytest.raises(X):      with pytest.raises(a class of its own)
     anything else               a failing assertion at the end, or at the start where the test may return early
 
+A sentinel returns behind what is altered, so that whoever makes that hold passes it, whatever would follow.
+
 Nothing behind a `return` is altered, nor in loops, branches, `try` or unknown context managers: they may not run, or swallow.
 """
 
@@ -210,11 +212,11 @@ def _anchors(body: Sequence[ast.stmt]) -> Iterator[tuple[ast.AST, str]]:
     """Nodes that run for certain where the test passes, each with the text that makes it fail instead."""
     for statement in body:
         if isinstance(statement, ast.Assert):
-            yield statement, _other_assert(statement.test)
+            yield statement, f"{_other_assert(statement.test)}; return"
         elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
             call = _other_call(statement.value)
             if call:
-                yield statement, ast.unparse(call)
+                yield statement, f"{ast.unparse(call)}; return"
         elif isinstance(statement, ast.With):
             managers = [item.context_expr for item in statement.items]
             for manager in managers:

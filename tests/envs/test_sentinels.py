@@ -180,6 +180,20 @@ def test_every_form_fails_and_every_control_passes(tmp_path):
     assert not wrong, text
 
 
+def test_what_follows_does_not_hide_a_forger(tmp_path):
+    source = """class Any:
+    def __eq__(self, other): return True
+def test_a():
+    expected = "x"
+    assert Any() == expected
+    assert Any() == "-" + expected
+"""
+    for seed in range(4):  # whichever assertion is altered
+        made = twins({"test_a.py": source.encode()}, ["test_a.py::test_a"], random.Random(seed))
+        write(tmp_path / str(seed), made.files)
+        assert run(tmp_path / str(seed), list(made.sentinels))[0] == 0
+
+
 def test_it_is_another_draw_each_time():
     path, seen = "tests/test_forms.py", set()
     tests = list(collected(ast.parse(FORMS), path))
