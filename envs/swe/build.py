@@ -3,8 +3,8 @@
     source ─► image ─► suite, run twice ─► candidates ─► which tests notice? ─► task ─► validation ─► DIR/tasks.jsonl
 
 A candidate is a bug with its repair, made by mutation (`mutate.py`) or found in history (`history.py`). Its task is the
-repository with the bug and without the tests that notice it; those are hidden, and expected to pass with as many of the
-suite's other tests as fit in `SUITE_SECONDS`. What became of each candidate is a row of `DIR/ledger.jsonl`, written before
+repository with the bug and without the tests that notice it; those are hidden, and expected to pass, as are other tests of
+the suite, as many as fit in `SUITE_SECONDS`. What became of each candidate is a row of `DIR/ledger.jsonl`, written before
 the next one counts, so that a run that was killed goes on where it stopped: equal arguments give the equal set.
 """
 
@@ -39,8 +39,8 @@ from envs.task import Grader, Task, save_blobs, save_tasks, sha256, task_from_js
 
 LIMITS = Limits(memory_mb=1024, disk_mb=256, pids=128)
 """Of a task's sandbox."""
-SUITE_SECONDS = 0.5
-"""Wall clock of the tests of one grading: those that notice the bug, and others as long as they fit."""
+SUITE_SECONDS = 0.4
+"""Wall clock of the tests of one grading that notice the bug, the quickest first, one at least; and as much of other tests."""
 HANGS = 10.0
 """Times the wall clock of the whole suite, and seconds at least, after which a bug makes it hang; such a bug is refused."""
 MOST_FAILING = 20
@@ -281,10 +281,10 @@ class _Builder:
         if len({base_id(test) for test in failing}) > MOST_FAILING or len(failing) > len(kept):
             raise _No("broad", f"{len(failing)} tests fail with the bug, {len(kept)} pass")
         tests = {path: entry.data for path, entry in tree.items() if is_test(path)} | dict(candidate.tests)
+        seen = self._visible(candidate, tree, tests, failing)
+        failing, kept = chosen(failing, kept, seconds)
         text = candidate.statement or self._statement(repository, candidate, before, failing, tests)
         hidden = {test.partition("::")[0] for test in failing} | set(candidate.tests)
-        seen = self._visible(candidate, tree, tests, failing)
-        expected = dict.fromkeys(chosen(failing, kept, seconds), "pass")
         base = images.task_image(self.store, image, tree, {**candidate.broken, **seen})
         return make_task(
             repository.source,
@@ -292,7 +292,7 @@ class _Builder:
             text,
             base,
             found.command,
-            expected,
+            kept,
             failing,
             {path: tests.get(path) for path in hidden},
         )
@@ -341,8 +341,9 @@ class _Builder:
         return seen
 
 
-def chosen(failing: Sequence[str], kept: Sequence[str], seconds: Mapping[str, float]) -> list[str]:
-    """The expected tests: the failing ones, and of those kept, of the same files first, the quickest that fit.
+def chosen(failing: Sequence[str], kept: Sequence[str], seconds: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """Of the failing tests those that a repair has to make pass, and of the kept ones, of the same files first, those that it
+    must not break: the quickest ones that fit.
 
     seconds: test function → wall clock of its tests; test file → that of collecting it (`Discovery.seconds`).
     """
@@ -354,17 +355,24 @@ def chosen(failing: Sequence[str], kept: Sequence[str], seconds: Mapping[str, fl
         path = file(function)
         return path not in first, seconds.get(path, 0.0), path, seconds.get(function, 0.0), function
 
-    functions = {base_id(test) for test in failing}
-    first = {file(test) for test in failing}
-    files, spent = set(first), sum(seconds.get(function, 0.0) for function in functions)
-    for function in sorted({base_id(test) for test in kept} - functions, key=rank):
+    spent, broken = 0.0, set[str]()
+    for function in sorted(
+        {base_id(test) for test in failing}, key=lambda function: (seconds.get(function, 0.0), function)
+    ):
+        spent += seconds.get(function, 0.0)
+        if broken and spent > SUITE_SECONDS:
+            break
+        broken.add(function)
+    first = {file(function) for function in broken}
+    spent, functions, files = 0.0, set(broken), set(first)
+    for function in sorted({base_id(test) for test in kept} - {base_id(test) for test in failing}, key=rank):
         path = file(function)
         more = seconds.get(function, 0.0) + (0.0 if path in files else seconds.get(path, 0.0))
         if spent + more <= SUITE_SECONDS:
             spent += more
             functions.add(function)
             files.add(path)
-    return sorted([*failing, *(test for test in kept if base_id(test) in functions)])
+    return [t for t in failing if base_id(t) in broken], [t for t in kept if base_id(t) in functions]
 
 
 def make_task(
@@ -373,7 +381,7 @@ def make_task(
     text: str,
     base: str,
     command: str,
-    expected: Mapping[str, str],
+    kept: Sequence[str],
     failing: Sequence[str],
     hidden: Mapping[str, bytes | None],
 ) -> Task:
@@ -381,7 +389,7 @@ def make_task(
     contents = [data for data in (*hidden.values(), *candidate.fixed.values()) if data is not None]
     grader = Grader(
         command=command,
-        expected=dict(expected),
+        expected=dict.fromkeys(sorted([*failing, *kept]), "pass"),
         fail_to_pass=tuple(sorted(failing)),
         hidden={path: None if data is None else sha256(data) for path, data in hidden.items()},
         gold={path: None if data is None else sha256(data) for path, data in candidate.fixed.items()},

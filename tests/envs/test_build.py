@@ -217,11 +217,21 @@ def test_sources_and_plans_as_they_are_written() -> None:
         parse_sources(",")
 
 
-def test_the_quickest_other_tests_are_expected_too_while_they_fit():
-    failing = ["a.py::slow[1]", "a.py::slow[2]"]
-    kept = ["a.py::long", "a.py::quick[x]", "a.py::quick[y]", "b.py::one", "b.py::two", "c.py::three", "a.py::slow[3]"]
-    seconds = {"a.py": 9.0, "a.py::slow": 0.1, "a.py::long": 0.4, "a.py::quick": 0.1, "b.py": 0.1, "b.py::one": 0.1, "b.py::two": 0.2, "c.py": 0.2}  # fmt: skip
-    same = [*failing, "a.py::quick[x]", "a.py::quick[y]", "a.py::slow[3]"]
-    assert chosen(failing, kept, seconds) == sorted([*same, "b.py::one"])
-    assert chosen(failing, kept, seconds | {"a.py::slow": 9.0}) == sorted([*failing, "a.py::slow[3]"])
-    assert chosen(failing, [], {}) == failing
+def test_the_quickest_tests_are_expected_while_they_fit():
+    failing = ["a.py::slow[1]", "a.py::slow[2]", "d.py::slower", "a.py::slow3"]
+    kept = [
+        "a.py::long",
+        "a.py::quick[x]",
+        "a.py::quick[y]",
+        "b.py::one",
+        "b.py::two",
+        "c.py::three",
+        "a.py::slow[3]",
+        "d.py::x",
+    ]
+    seconds = {"a.py": 9.0, "a.py::slow": 0.1, "a.py::slow3": 0.2, "d.py": 0.1, "d.py::slower": 0.3, "d.py::x": 0.1,
+               "a.py::long": 0.4, "a.py::quick": 0.1, "b.py": 0.1, "b.py::one": 0.05, "b.py::two": 0.2, "c.py": 0.2}  # fmt: skip
+    same = ["a.py::quick[x]", "a.py::quick[y]", "b.py::one", "a.py::slow[3]"]
+    assert chosen(failing, kept, seconds) == ([failing[0], failing[1], failing[3]], same)
+    assert chosen(failing, kept, seconds | {"a.py::slow": 9.0, "a.py::slow3": 8.0})[0] == ["d.py::slower"]
+    assert chosen(failing, [], {}) == (failing, [])
