@@ -39,10 +39,11 @@ from envs.task import Grader, Task, save_blobs, save_tasks, sha256, task_from_js
 
 LIMITS = Limits(memory_mb=1024, disk_mb=256, pids=128)
 """Of a task's sandbox."""
-SUITE_SECONDS = 0.4
+SUITE_SECONDS = 0.3
 """Wall clock of the tests of one grading that notice the bug, the quickest first, one at least; and as much of other tests."""
-HANGS = 10.0
-"""Times the wall clock of the whole suite, and seconds at least, after which a bug makes it hang; such a bug is refused."""
+HANGS = 3.0
+"""A suite that takes so many times its own wall clock, or says nothing for so many times that of its slowest test, hangs (ten
+seconds are added to both); a bug that makes it hang is refused."""
 MOST_FAILING = 20
 """Test functions that notice a bug; a candidate that more of them notice breaks the package as a whole."""
 TRIES = 6
@@ -304,7 +305,8 @@ class _Builder:
 
             apply(box, TESTBED, {path: FileChange(data) for path, data in files.items()})
             try:
-                return discovery.run_suite(box, found.command, HANGS * max(found.wall, 1.0), junit=True)
+                timeout, silence = (10.0 + HANGS * usual for usual in (found.wall, max(found.seconds.values())))
+                return discovery.run_suite(box, found.command, timeout, silence=silence, junit=True)
             except Refused as error:
                 raise _No("hangs" if "timeout" in str(error) else "suite", str(error)) from None
 

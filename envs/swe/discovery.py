@@ -121,18 +121,30 @@ def _summary(command: str, found: Sequence[Run]) -> Discovery:
     )
 
 
-def run_suite(box: Sandbox, command: str, timeout: float, *, tests: Iterable[str] = (), junit: bool = False) -> Run:
-    """Run the suite in a sandbox, or only `tests` (files or ids). Raises `Refused` where it does not end by itself or says
-    nothing, `SandboxDead`."""
+def run_suite(
+    box: Sandbox,
+    command: str,
+    timeout: float,
+    *,
+    silence: float | None = None,
+    tests: Iterable[str] = (),
+    junit: bool = False,
+) -> Run:
+    """Run the suite in a sandbox, or only `tests` (files or ids).
+
+    silence: seconds that one test may take. junit: say how tests fail; else asserts run as they stand, as in grading.
+    Raises `Refused` where it does not end by itself or says nothing, `SandboxDead`.
+    """
     box.write(_PLUGIN, _SOURCE.encode())
-    options = "-q --tb=short"
+    options = "-q --tb=short --assert=plain"
     if junit:
         options = f"-vv --tb=auto --junitxml={_JUNIT} -o junit_family=xunit1"
     named = " ".join(shlex.quote(test) for test in tests)
     script = (
-        f"cd {TESTBED}; rm -f {_REPORT}; PYTHONPATH=/tmp {command} -p codeworld_report --continue-on-collection-errors"
+        f"cd {TESTBED}; rm -f {_REPORT}; export PYTHONPATH=/tmp PYTHONUNBUFFERED=1; "
+        f"{command} -p codeworld_report --continue-on-collection-errors"
     )
-    result = box.run(f"{script} {options} {named}", timeout=timeout)
+    result = box.run(f"({script} {options} {named})", timeout=timeout, silence=silence)
     if result.cause == "dead":
         raise SandboxDead("the sandbox died while a suite ran")
     run = Run(wall=result.wall)

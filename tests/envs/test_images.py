@@ -8,7 +8,7 @@ import pytest
 from envs.sandbox import make_backend
 from envs.sandbox.capture import Entry
 from envs.sandbox.imagestore import ImageStore
-from envs.swe.discovery import Discovery, Run, _note, _summary, discover
+from envs.swe.discovery import COMMAND, LIMITS, Discovery, Run, _note, _summary, discover, run_suite
 from envs.swe.images import at_commit, environment, repository, task_image
 from envs.swe.install import Refused, missing_modules, modules
 from envs.swe.sources import Source, fetch
@@ -172,6 +172,20 @@ def test_only_what_every_run_agrees_on_is_kept():
     assert found.doctests == 1 and isinstance(found, Discovery) and found.seconds == {
         "t.py": 0.5, "t.py::a": 0.75, "t.py::b": 0.75, "t.py::c": 0.75, "t.py::doc": 0.75, "t.py::d": 0.375,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("junit", [False, True])
+def test_one_test_that_hangs_ends_a_suite_sooner_than_many_that_take_time(tiny, native, junit):
+    source = "import time\n" + "".join(f"def test_{i}(): time.sleep({{}})\n" for i in range(6))
+    with native.create(base=tiny[2].digest, workdir="/testbed", limits=LIMITS) as box:
+        box.write("/testbed/tests/test_slow.py", source.format(*[0.5] * 6).encode())
+        run = run_suite(box, COMMAND, 60.0, silence=2.5, tests=["tests/test_slow.py"], junit=junit)
+        assert len(run.outcomes) == 6 and run.wall > 3
+        box.write("/testbed/tests/test_slow.py", source.format(0, 0, 30, 0, 0, 0).encode())
+        with pytest.raises(
+            Refused, match="timeout after [2-9] s, the last test that started is tests/test_slow.py::test_2"
+        ):
+            run_suite(box, COMMAND, 60.0, silence=2.5, tests=["tests/test_slow.py"], junit=junit)
 
 
 TEST = b"def test_it():\n    assert 1\n"
