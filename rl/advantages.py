@@ -1,144 +1,236 @@
 """Advantages, and the table of algorithms: one row per named preset, each a product of independent choices.
 
-What it is: `Algorithm` (a row), `PRESETS` (the table), `algorithm` (look-up with overrides) and `group_advantages`,
-which turns the returns of one group into one number per trajectory. Plain floats: no torch here, nothing is random.
+What it is: `Algorithm` (a row), `PRESETS` (the table), `algorithm` (look-up with overrides), `batch_advantages`, which
+turns the returns of a batch into one number per trajectory by way of `group_advantages` and `batch_scaled`, and `gae`,
+one number per action token, for a critic. Plain floats: no torch here, nothing is random.
 
 What it does not do: it neither filters trajectories (`rl/batch.py` applies the `filter_*` fields) nor computes a loss
-(`rl/losses.py` applies `ratio`, the clips and `aggregation`). No critic and no per-token returns.
+(`rl/losses.py` applies ratio, bound, correction and aggregation). There is no critic: `algorithm` refuses rows that need
+one. No row has a KL or entropy term.
 
-Sources: GRPO is DeepSeekMath (arXiv 2402.03300, section 4.1.2), RLOO is Ahmadian et al. (arXiv 2402.14740),
-CWM is *CWM: An Open-Weights LLM for Research on Code Generation with World Models* (objective of its RL section).
+Sources. `grpo`: DeepSeekMath (arXiv 2402.03300, section 4.1.2). `cwm`: *CWM: An Open-Weights LLM for Research on Code
+Generation with World Models* (arXiv 2510.02387, objective of its RL section). `dapo`: arXiv 2503.14476 (clip-higher,
+section 3.1; dynamic sampling, 3.2; token-level loss, 3.3). `dr_grpo`: *Understanding R1-Zero-Like Training* (arXiv
+2503.20783). `gspo`: *Group Sequence Policy Optimization* (arXiv 2507.18071, clips in section 5.1). `cispo`: MiniMax-M1
+(arXiv 2506.13585, section 3.1). `rloo`: *Back to Basics* (Ahmadian et al., arXiv 2402.14740). `reinforce++`: arXiv
+2501.03262. `ppo`: arXiv 1707.06347, with GAE (arXiv 1506.02438).
 Departures:
 
-1. `grpo` aggregates over the action tokens of the whole update (as DAPO, arXiv 2503.14476, section 3.3) instead of the
-   mean per trajectory followed by the mean over trajectories, and has no KL term: a reference model is not kept.
-2. `std` is the sample deviation (divisor G - 1) plus 1e-4, as in TRL; the paper leaves the divisor open.
+1. `grpo` aggregates over the action tokens of the whole update, as DAPO does, instead of the mean per trajectory
+   followed by the mean over trajectories (`aggregation="sequence"`), and has no KL term: no reference model is kept.
+2. `std` is the sample deviation (divisor G - 1) plus 1e-4, as in TRL; the papers leave the divisor open. `batch_std`
+   adds the same 1e-4.
 3. The paper of `cwm` says that the summed loss is divided by a constant N (its context, 131072) and leaves the mean
-   over trajectories open. Here the divisor is N times the trajectories of the update: the constant must not depend on
-   how long they are, yet the size of a step should not grow with how many there are.
+   over trajectories open. Here the divisor is N times the trajectories of the update, and N the recipe's longest
+   context: the constant must not depend on how long they are, yet the size of a step should not grow with how many there
+   are. `dr_grpo` and `rloo` share it.
+4. The paper of `cwm` looks at the newest token alone. The loop bounds the oldest too (`max_staleness`).
+5. `dapo` and `cispo` leave out trajectories without an advantage instead of sampling until the batch is full, and shape
+   no reward by length.
+6. MiniMax-M1 gives no number for the cap of `cispo`'s weights; 5 is what TRL recommends (after ScaleRL, arXiv
+   2510.13786). There is no lower bound, as in the paper.
+7. `rloo` is on-policy in its paper, without ratio or bound; here batches are a few versions old, so that the ratio of
+   PPO and its clip are applied.
+8. `reinforce++` has no KL in its reward; the ratio has PPO's clip, as in OpenRLHF; mean and deviation are over action
+   tokens. `baseline="mean"` makes it the paper's variant with a baseline.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import KW_ONLY, asdict, dataclass
 from math import fsum, sqrt
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from envs.errors import nearest
-
-Baseline = Literal["mean", "length_weighted", "leave_one_out"]
-Scale = Literal["none", "std"]
-Ratio = Literal["token", "sequence"]
-Aggregation = Literal["token", "constant"]
+from envs.fields import build
 
 STD_EPSILON = 1e-4
 """Added to the deviation before dividing (TRL, `GRPOTrainer`)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Algorithm:
-    """One row of the table: baseline x scale x ratio level x clip x aggregation x filters."""
+    """One row of the table: baseline x scale x ratio level x bound x mismatch correction x aggregation, and filters."""
 
-    name: str
-    baseline: Baseline
-    """What is subtracted from a return: the group's mean, its mean weighted by action tokens, or the mean of the
-    others."""
-    scale: Scale
-    """What the difference is divided by: nothing, or the group's standard deviation."""
-    ratio: Ratio
-    """Importance ratio per token, or one per row: the geometric mean over its action tokens (GSPO, arXiv 2507.18071,
-    equation 7)."""
+    baseline: Literal["none", "mean", "length_weighted", "leave_one_out", "critic"]
+    """What is subtracted from a return: nothing, the group's mean, its mean weighted by action tokens, the mean of the
+    others, or a critic's value."""
+    scale: Literal["none", "std", "batch_std"]
+    """What the difference is divided by: nothing, the group's deviation, or that of the batch, whose mean is subtracted
+    first (`batch_scaled`)."""
+    ratio: Literal["token", "sequence"]
+    """Importance ratio per token, or one per row: the geometric mean over its action tokens (GSPO, equation 7)."""
+    bound: Literal["clip", "clip_weight"]
+    """PPO's minimum of clipped and unclipped, which stops the gradient of tokens that went far, or CISPO's clipped ratio
+    as a constant weight of the log-prob, which keeps it."""
     clip_low: float
-    """The ratio is clipped below at 1 - clip_low."""
+    """The ratio is clipped below at 1 - clip_low; 1 sets no bound."""
     clip_high: float
     """The ratio is clipped above at 1 + clip_high."""
-    aggregation: Aggregation
-    """The summed loss is divided by the action tokens of the update, or by context x trajectories of the update."""
-    filter_zero_advantage: bool = False
-    """Leave trajectories without an advantage out of the batch; they add no gradient but would count in the divisor."""
+    aggregation: Literal["token", "sequence", "constant"]
+    """Mean over the action tokens of the update, mean over its rows of their means, or the sum divided by longest
+    context x trajectories."""
+    _: KW_ONLY
+    dual_clip: float | None = None
+    """With `bound="clip"`: the objective of a token of negative advantage A is at least dual_clip x A (dual clip, arXiv
+    1912.09729); None sets no bound."""
+    correction: Literal["none", "truncate", "mask"] = "none"
+    """Of the mismatch between sampler and learner. `none`: ratios are against the sampler's log-probs. Otherwise they are
+    against the learner's when it began the batch (old), and each objective is multiplied by the constant weight old /
+    sampler, cut at correction_high (`truncate`: truncated importance sampling) or 0 outside of [correction_low,
+    correction_high] (`mask`: IcePop)."""
+    correction_low: float = 0.5
+    correction_high: float = 2.0
+    max_staleness: int = 2
+    """Admission (`rl/admission.py`) keeps the *oldest* token of a batch within this many versions, unless the recipe's
+    `learn.max_staleness` says otherwise."""
     filter_stale: int | None = None
     """Leave out trajectories whose *newest* token is more than this many versions old; None keeps all."""
+    filter_zero_advantage: bool = False
+    """Leave trajectories without an advantage out of the batch; they add no gradient but would count in the divisor."""
     filter_gibberish: bool = False
     """Leave out trajectories with a sampled token that is both rare and very unlikely (`rl.batch.is_gibberish`)."""
+    gibberish_id: int | None = None
+    """Token ids above it are rare; None: above 0.78 V, which is CWM's 100,000 at its V = 128,256."""
 
     def __post_init__(self) -> None:
-        choices = {"baseline": Baseline, "scale": Scale, "ratio": Ratio, "aggregation": Aggregation}
-        for name, kind in choices.items():
-            value, known = getattr(self, name), get_args(kind)
-            if value not in known:
-                raise ValueError(
-                    f"algorithm.{name}={value!r} is unknown; one of {', '.join(known)}.{nearest(str(value), known)}"
-                )
-        if not 0 <= self.clip_low < 1:
-            raise ValueError(
-                f"algorithm.clip_low={self.clip_low} must be in [0, 1): the ratio is clipped at 1 - clip_low"
-            )
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"clip_low={self.clip_low} must be in [0, 1]: the ratio is clipped at 1 - clip_low")
         if self.clip_high < 0:
-            raise ValueError(f"algorithm.clip_high={self.clip_high} is negative; the ratio is clipped at 1 + clip_high")
+            raise ValueError(f"clip_high={self.clip_high} is negative; the ratio is clipped at 1 + clip_high")
+        if self.dual_clip is not None and (self.dual_clip <= 1 or self.bound != "clip"):
+            raise ValueError(
+                f"dual_clip={self.dual_clip} with bound={self.bound!r}; it must be over 1, with bound='clip'"
+            )
+        if not 0 <= self.correction_low <= 1 <= self.correction_high:
+            raise ValueError(
+                f"correction_low={self.correction_low}, correction_high={self.correction_high} must enclose 1, the"
+                " weight of a token without mismatch"
+            )
         if self.filter_stale is not None and self.filter_stale < 0:
-            raise ValueError(f"algorithm.filter_stale={self.filter_stale} is negative; 0 keeps only the newest version")
+            raise ValueError(f"filter_stale={self.filter_stale} is negative; 0 keeps only the newest version")
 
 
+# fmt: off
 PRESETS: dict[str, Algorithm] = {
-    "grpo": Algorithm(
-        name="grpo", baseline="mean", scale="std", ratio="token", clip_low=0.2, clip_high=0.2, aggregation="token"
-    ),
-    "cwm": Algorithm(
-        name="cwm",
-        baseline="length_weighted",
-        scale="none",
-        ratio="token",
-        clip_low=0.2,
-        clip_high=0.25,
-        aggregation="constant",
-        filter_zero_advantage=True,
-        filter_stale=100,
-        filter_gibberish=True,
-    ),
+    #                        baseline           scale        ratio       bound          low   high  aggregation
+    "grpo":        Algorithm("mean",            "std",       "token",    "clip",        0.2,  0.2,  "token"),
+    "cwm":         Algorithm("length_weighted", "none",      "token",    "clip",        0.2,  0.25, "constant",
+                             max_staleness=2, filter_stale=100, filter_zero_advantage=True, filter_gibberish=True),
+    "dapo":        Algorithm("mean",            "std",       "token",    "clip",        0.2,  0.28, "token",
+                             filter_zero_advantage=True),
+    "dr_grpo":     Algorithm("mean",            "none",      "token",    "clip",        0.2,  0.2,  "constant"),
+    "gspo":        Algorithm("mean",            "std",       "sequence", "clip",        3e-4, 4e-4, "sequence"),
+    "cispo":       Algorithm("mean",            "std",       "token",    "clip_weight", 1.0,  4.0,  "token",
+                             filter_zero_advantage=True),
+    "rloo":        Algorithm("leave_one_out",   "none",      "token",    "clip",        0.2,  0.2,  "constant"),
+    "reinforce++": Algorithm("none",            "batch_std", "token",    "clip",        0.2,  0.2,  "token"),
+    "ppo":         Algorithm("critic",          "none",      "token",    "clip",        0.2,  0.2,  "token"),
 }
+# fmt: on
 
 
-def algorithm(name: str, **overrides: Any) -> Algorithm:
-    """The preset `name` with some fields replaced, e.g. `algorithm("cwm", clip_high=0.28)`.
+def algorithm(preset: str, /, **overrides: Any) -> Algorithm:
+    """The row that a learner is to run: a preset with some fields replaced, e.g. `algorithm("cwm", clip_high=0.28)`.
 
-    Raises `ValueError` for an unknown preset, field or value.
+    Raises `ValueError` for an unknown preset, field or value, and for a row that needs a critic.
     """
-    if name not in PRESETS:
-        raise ValueError(f"algorithm={name!r} is unknown; one of {', '.join(sorted(PRESETS))}.{nearest(name, PRESETS)}")
-    known = [f.name for f in fields(Algorithm) if f.name != "name"]
-    for key in overrides:
-        if key not in known:
-            raise ValueError(f"algorithm.{key} is unknown; one of {', '.join(known)}.{nearest(key, known)}")
-    return replace(PRESETS[name], **overrides)
+    if preset not in PRESETS:
+        raise ValueError(
+            f"algorithm={preset!r} is unknown; one of {', '.join(sorted(PRESETS))}.{nearest(preset, PRESETS)}"
+        )
+    row = build(Algorithm, asdict(PRESETS[preset]) | overrides, f"algorithm {preset!r}")
+    if row.baseline == "critic":
+        raise ValueError(
+            f"algorithm={preset!r} has baseline='critic', and the learner has no critic yet; take a preset without one,"
+            " such as 'reinforce++' or 'grpo'"
+        )
+    return row
 
 
-def group_advantages(rewards: Sequence[float], lengths: Sequence[int], algorithm: Algorithm) -> list[float]:
-    """Advantage of each trajectory of one group, shared by all its action tokens.
+def batch_advantages(
+    returns: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]], algorithm: Algorithm
+) -> list[list[float]]:
+    """Advantage of each trajectory of a batch, shared by all its action tokens: one list [G] per group.
 
     Args:
-        rewards: returns R [G]; trajectories without a reward must have been left out.
-        lengths: action tokens L over all branches [G]; only `length_weighted` reads them.
+        returns: R, one list [G] per group; trajectories without a reward must have been left out.
+        lengths: action tokens L over all branches, likewise.
         algorithm: its `baseline` and `scale` are applied.
-
-    Returns:
-        [G], with mu = mean(R), sum(L R) / sum(L) (cwm) or mean of the other returns (RLOO) and
-        A = R - mu, or (R - mu) / (std(R) + 1e-4) (GRPO, outcome supervision). Equal returns give exactly 0.
     """
-    assert len(rewards) == len(lengths), f"{len(rewards)} rewards, {len(lengths)} lengths"
-    if len(rewards) < 2 or min(rewards) == max(rewards):
-        return [0.0] * len(rewards)
-    size, total = len(rewards), fsum(rewards)
-    if algorithm.baseline == "leave_one_out":
-        baselines = [(total - r) / (size - 1) for r in rewards]
-    elif algorithm.baseline == "length_weighted" and sum(lengths) > 0:
-        weighted = fsum(r * n for r, n in zip(rewards, lengths, strict=True)) / sum(lengths)
-        baselines = [weighted] * size
+    groups = [group_advantages(r, n, algorithm) for r, n in zip(returns, lengths, strict=True)]
+    if algorithm.scale != "batch_std":
+        return groups
+    scaled = iter(batch_scaled([a for group in groups for a in group], [n for group in lengths for n in group]))
+    return [[next(scaled) for _ in group] for group in groups]
+
+
+def group_advantages(returns: Sequence[float], lengths: Sequence[int], algorithm: Algorithm) -> list[float]:
+    """[G] returns R and action tokens L -> [G] advantages within one group.
+
+    A = R - mu with mu = 0 (`none`), mean(R), sum(L R) / sum(L) (`length_weighted`) or the mean of the other returns
+    (`leave_one_out`), divided by std(R) + 1e-4 under `std`. Equal returns give exactly 0 where a group is compared at
+    all, by baseline or scale.
+    """
+    assert len(returns) == len(lengths), f"{len(returns)} returns, {len(lengths)} lengths"
+    assert algorithm.baseline != "critic", "values come from a critic: see `gae`"
+    baseline, scaled = algorithm.baseline, algorithm.scale == "std"
+    if (baseline != "none" or scaled) and (len(returns) < 2 or min(returns) == max(returns)):
+        return [0.0] * len(returns)
+    size, total = len(returns), fsum(returns)
+    if baseline == "none":
+        baselines = [0.0] * size
+    elif baseline == "leave_one_out":
+        baselines = [(total - r) / (size - 1) for r in returns]
+    elif baseline == "length_weighted" and sum(lengths) > 0:
+        baselines = [fsum(r * n for r, n in zip(returns, lengths, strict=True)) / sum(lengths)] * size
     else:
         baselines = [total / size] * size
-    differences = [r - b for r, b in zip(rewards, baselines, strict=True)]
-    if algorithm.scale == "none":
+    differences = [r - b for r, b in zip(returns, baselines, strict=True)]
+    if not scaled:
         return differences
     mean = total / size
-    deviation = sqrt(fsum((r - mean) ** 2 for r in rewards) / (size - 1))
+    deviation = sqrt(fsum((r - mean) ** 2 for r in returns) / (size - 1))
     return [d / (deviation + STD_EPSILON) for d in differences]
+
+
+def batch_scaled(advantages: Sequence[float], lengths: Sequence[int]) -> list[float]:
+    """[N] advantages A and action tokens L of a batch -> (A - mean) / (std + 1e-4), mean and std over action tokens.
+
+    Global advantage normalisation (REINFORCE++): mean = sum(L A) / sum(L), std^2 = sum(L (A - mean)^2) / sum(L). Equal
+    advantages give exactly 0.
+    """
+    if not advantages or min(advantages) == max(advantages):
+        return [0.0] * len(advantages)
+    tokens = sum(lengths)
+    mean = fsum(a * n for a, n in zip(advantages, lengths, strict=True)) / tokens
+    deviation = sqrt(fsum(n * (a - mean) ** 2 for a, n in zip(advantages, lengths, strict=True)) / tokens)
+    return [(a - mean) / (deviation + STD_EPSILON) for a in advantages]
+
+
+def gae(
+    rewards: Sequence[float], values: Sequence[float], mask: Sequence[int], discount: float = 1.0, decay: float = 0.95
+) -> tuple[list[float], list[float]]:
+    """Generalised advantage estimation over the action tokens of one trajectory (arXiv 1506.02438).
+
+    delta_t = r_t + discount V_t' - V_t and A_t = delta_t + discount decay A_t', where t' is the next action token:
+    observations take no time. Nothing follows the last one: V = A = 0.
+
+    Args:
+        rewards: r [T]; what an action earned stands at its token.
+        values: V [T], the critic's estimates before each token.
+        mask: [T], 1 at action tokens; the other lists are not read elsewhere.
+        discount: gamma.
+        decay: lambda; 1 gives return minus value, 0 the one-step difference.
+
+    Returns:
+        advantages A [T] and returns A + V [T], the critic's targets; both 0 outside of the mask.
+    """
+    advantages, returns = [0.0] * len(mask), [0.0] * len(mask)
+    advantage = value = 0.0
+    for t in reversed([t for t, m in enumerate(mask) if m]):
+        advantage = rewards[t] + discount * value - values[t] + discount * decay * advantage
+        value = values[t]
+        advantages[t], returns[t] = advantage, advantage + value
+    return advantages, returns

@@ -23,8 +23,9 @@ What follows the last sampled token of a row is cut: causal attention makes it i
 
 Departures from the paper of `cwm`:
 
-1. Its gibberish rule is written for its vocabulary: id > 100000 and log-prob < -ln(128256) - 2. Here both constants are
-   taken relative to V, which gives the same two numbers at V = 128256.
+1. Its gibberish rule is written for its vocabulary: id > 100000 and log-prob < -ln(128256) - 2. Here the second is
+   -ln V - 2, and the first the recipe's `gibberish_id` or the same share of V, which gives CWM's two numbers at
+   V = 128256.
 2. Trajectories that a filter removes still count in the baseline of their group (prime-rl does so; the paper
    does not say).
 """
@@ -41,7 +42,7 @@ import torch
 from torch import Tensor
 
 from agents.trajectory import Group, Trajectory
-from rl.advantages import Algorithm, group_advantages
+from rl.advantages import Algorithm, batch_advantages
 
 CWM_VOCABULARY = 128_256
 CWM_RARE_ID = 100_000
@@ -60,6 +61,8 @@ class Row:
     """Behaviour log-probabilities, nats, where the mask is 1."""
     versions: Sequence[int]
     advantage: float
+    old: Sequence[float] | None = None
+    """Log-probabilities under the weights that began the batch, where the loss corrects the mismatch with `logprobs`."""
     trajectory: str = ""
     """Names the trajectory: rows of one trajectory share it and count once in a constant normaliser."""
 
@@ -102,10 +105,10 @@ class BatchReport:
     """Stop reason -> trajectories."""
 
 
-def is_gibberish(trajectory: Trajectory, vocabulary: int = CWM_VOCABULARY) -> bool:
-    """Whether some sampled token is rare (id > 0.78 V) and far below chance (log-prob < -ln V - 2), the rule of
-    `cwm`."""
-    rare, floor = vocabulary * CWM_RARE_ID // CWM_VOCABULARY, -log(vocabulary) - 2
+def is_gibberish(trajectory: Trajectory, vocabulary: int = CWM_VOCABULARY, rare: int | None = None) -> bool:
+    """Whether some sampled token is rare (id > `rare`, or 0.78 V) and far below chance (log-prob < -ln V - 2), the rule
+    of `cwm`."""
+    rare, floor = vocabulary * CWM_RARE_ID // CWM_VOCABULARY if rare is None else rare, -log(vocabulary) - 2
     return any(
         mask and token > rare and logprob < floor
         for s in trajectory.segments
@@ -126,7 +129,7 @@ def rows_of(
     Args:
         groups: finished groups. Trajectories without a reward (infra) or without a sampled token enter neither baseline
             nor gradient.
-        algorithm: baseline, scale and filters.
+        algorithm: baseline, scale and filters. A `batch_std` is that of all groups, before the filters.
         version: version of the weights that are about to be trained; ages are counted from it.
         vocabulary: V, for the gibberish rule.
         shuffled: the negative control. The advantages are permuted over the kept trajectories of the batch: same sizes,
@@ -134,10 +137,9 @@ def rows_of(
     """
     report = BatchReport(groups=len(groups))
     kept: list[tuple[str, Trajectory, float]] = []
-    for group in groups:
+    for group, advantages in zip(groups, _advantages(groups, algorithm), strict=True):
         reasons: Counter[str] = Counter()
-        advantages = _advantages(group, algorithm)
-        report.live_groups += any(abs(a) > ZERO for a in advantages.values())
+        report.live_groups += len({group.trajectories[i].reward for i in advantages}) > 1
         for index, trajectory in enumerate(group.trajectories):
             advantage = advantages.get(index, 0.0)
             reason = _reason(trajectory, advantage, algorithm, version, vocabulary)
@@ -157,12 +159,19 @@ def rows_of(
     return rows, report
 
 
-def _advantages(group: Group, algorithm: Algorithm) -> dict[int, float]:
-    """Index in the group -> advantage, of the trainable trajectories."""
-    members = [(i, t, t.reward) for i, t in enumerate(group.trajectories)]
-    trained = [(i, t, r) for i, t, r in members if r is not None and t.action_tokens > 0]
-    values = group_advantages([r for _, _, r in trained], [t.action_tokens for _, t, _ in trained], algorithm)
-    return {i: a for (i, _, _), a in zip(trained, values, strict=True)}
+def _advantages(groups: Sequence[Group], algorithm: Algorithm) -> list[dict[int, float]]:
+    """For each group: index in it -> advantage, of the trainable trajectories."""
+    members = [
+        [
+            (i, t.reward, t.action_tokens)
+            for i, t in enumerate(g.trajectories)
+            if t.reward is not None and t.action_tokens
+        ]
+        for g in groups
+    ]
+    returns, lengths = [[r for _, r, _ in m] for m in members], [[n for _, _, n in m] for m in members]
+    advantages = batch_advantages(returns, lengths, algorithm)
+    return [{i: a for (i, _, _), a in zip(m, v, strict=True)} for m, v in zip(members, advantages, strict=True)]
 
 
 def _reason(t: Trajectory, advantage: float, algorithm: Algorithm, version: int, vocabulary: int) -> str | None:
@@ -173,7 +182,7 @@ def _reason(t: Trajectory, advantage: float, algorithm: Algorithm, version: int,
         return "empty"
     if algorithm.filter_stale is not None and version - t.newest_version > algorithm.filter_stale:
         return "stale"
-    if algorithm.filter_gibberish and is_gibberish(t, vocabulary):
+    if algorithm.filter_gibberish and is_gibberish(t, vocabulary, algorithm.gibberish_id):
         return "gibberish"
     if algorithm.filter_zero_advantage and abs(advantage) <= ZERO:
         return "zero_advantage"
@@ -230,6 +239,8 @@ class MicroBatch:
     """[B, T] float32: 1 where the target was sampled by the policy."""
     behaviour: Tensor
     """[B, T] float32: log-probability of the target when it was sampled, nats."""
+    old: Tensor | None
+    """[B, T] float32: the same under the weights that began the batch, where the rows have it."""
     advantages: Tensor
     """[B, T] float32."""
     action_tokens: int
@@ -265,6 +276,7 @@ def _pad(rows: Sequence[Row]) -> MicroBatch:
     shape = (len(rows), max(_positions(r) for r in rows))
     ids, targets = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     mask, behaviour, advantages = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
+    old = torch.zeros(shape) if rows[0].old is not None else None
     for i, row in enumerate(rows):
         n = _positions(row)
         ids[i, :n] = torch.tensor(row.token_ids[:n])
@@ -272,11 +284,14 @@ def _pad(rows: Sequence[Row]) -> MicroBatch:
         mask[i, :n] = torch.tensor(row.loss_mask[1 : n + 1], dtype=torch.float32)
         behaviour[i, :n] = torch.tensor(row.logprobs[1 : n + 1], dtype=torch.float32)
         advantages[i, :n] = row.advantage
+        if old is not None and row.old is not None:
+            old[i, :n] = torch.tensor(row.old[1 : n + 1])
     return MicroBatch(
         token_ids=ids,
         targets=targets,
         mask=mask,
         behaviour=behaviour,
+        old=old,
         advantages=advantages,
         action_tokens=int(mask.sum()),
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from envs.fields import build
+from rl.advantages import Algorithm, algorithm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,9 +81,9 @@ class LearnConfig:
     """How the policy is updated."""
 
     algorithm: str = "cwm"
-    """A preset of `rl/advantages.py`."""
+    """A preset of `rl/advantages.py`: grpo, cwm, dapo, dr_grpo, gspo, cispo, rloo or reinforce++."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the preset to replace."""
+    """Fields of the preset to replace (`rl.advantages.Algorithm`), e.g. `--learn.overrides.clip_high=0.28`."""
     groups_per_step: int = 16
     """Groups of one batch."""
     lr: float = 5e-4
@@ -96,12 +97,20 @@ class LearnConfig:
     max_tokens: int = 8192
     """Padded positions of one micro-batch."""
     threads: int = 1
-    max_staleness: int = 2
-    """No token is trained on that was sampled more than this many versions before."""
+    max_staleness: int | None = None
+    """No token is trained on that was sampled more than this many versions before; left out: the preset's bound."""
     stale: Literal["wait", "drop"] = "wait"
     """Keep the bound by issuing fewer groups, or by dropping late ones."""
     control: Literal["none", "shuffle"] = "none"
     """"shuffle" permutes the advantages of each batch: the negative control."""
+
+    def __post_init__(self) -> None:
+        self.row()
+
+    def row(self) -> Algorithm:
+        """The preset with what this recipe replaces."""
+        bound = {} if self.max_staleness is None else {"max_staleness": self.max_staleness}
+        return algorithm(self.algorithm, **{**self.overrides, **bound})
 
 
 @dataclass(frozen=True, kw_only=True)

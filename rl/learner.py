@@ -9,6 +9,9 @@ advantages (`rl/batch.py`); it knows no journal, and atomicity of checkpoints is
 Words: the *version* counts batches trained, i.e. weights published; *updates* counts optimiser updates, which the
 learning-rate schedule reads. A batch whose update was skipped still advances the version: it was consumed.
 
+With a correction of the mismatch (`Algorithm.correction`) and several updates per batch, the rows are scored under the
+weights that begin the batch first: one more forward pass.
+
 Formula of the optimiser: AdamW (arXiv 1711.05101, algorithm 2); decay is applied to matrices only. An update whose loss
 or gradient norm isn't finite is skipped and counted, and leaves weights and optimiser as they were.
 """
@@ -19,7 +22,7 @@ import random
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +146,9 @@ class Learner:
         skipped)."""
         wall, cpu = time.perf_counter(), self._cpu()
         report = StepReport(version=self.version + 1, rows=len(rows), lr=learning_rate(self.config, self.updates))
+        if self.algorithm.correction != "none" and self.config.minibatches > 1:
+            scores = self.score([row.token_ids for row in rows])
+            rows = [replace(row, old=score) for row, score in zip(rows, scores, strict=True)]
         for index, minibatch in enumerate(self._minibatches(rows)):
             self._update(minibatch, report, first=index == 0)
         report.loss /= max(1, report.updates)
@@ -170,7 +176,13 @@ class Learner:
         if not tokens:
             return
         trajectories = len({row.trajectory or f"row {i}" for i, row in enumerate(rows)})
-        divisor = normaliser(self.algorithm, tokens, trajectories, self.config.context)
+        divisor = normaliser(
+            self.algorithm,
+            action_tokens=tokens,
+            rows=sum(len(b.mask) for b in batches),
+            trajectories=trajectories,
+            context=self.config.context,
+        )
         self.optimizer.zero_grad(set_to_none=True)
         loss, metrics = 0.0, dict[str, float]()
         for batch in batches:
@@ -195,7 +207,14 @@ class Learner:
         """Forward and backward of one micro-batch; gradients add to those there."""
         logprobs, entropy = self._logprobs(batch.token_ids, batch.targets, batch.mask)
         loss, metrics = policy_loss(
-            logprobs, batch.behaviour, batch.advantages, batch.mask, self.algorithm, divisor, entropy
+            logprobs,
+            batch.behaviour,
+            batch.advantages,
+            batch.mask,
+            self.algorithm,
+            divisor,
+            old=batch.old,
+            entropy=entropy,
         )
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach()), metrics

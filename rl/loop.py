@@ -86,14 +86,12 @@ class Loop:
     """One run, from its first order to its last checkpoint."""
 
     def __init__(self, config: Config, parts: Parts, record: Record) -> None:
-        from rl.advantages import algorithm
-
         self.config, self.parts, self.record = config, parts, record
-        self.algorithm = algorithm(config.learn.algorithm, **config.learn.overrides)
+        self.algorithm = config.learn.row()
         self.admission = Admission(
             groups_per_batch=config.learn.groups_per_step,
             max_in_flight=config.rollout.in_flight,
-            max_staleness=config.learn.max_staleness,
+            max_staleness=self.algorithm.max_staleness,
             policy=config.learn.stale,
         )
         self.step = self.version = self.next_task = 0

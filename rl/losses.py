@@ -1,18 +1,26 @@
-"""Losses as pure functions: token log-probabilities without a `[B T, V]` table, and the clipped policy loss.
+"""Losses as pure functions: token log-probabilities without a `[B T, V]` table, the policy loss and the value loss.
 
-What it is: `token_logprobs` (chunked over tokens), `normaliser` (what the summed loss of one update is divided by) and
-`policy_loss`. Nothing here keeps state, knows a model or calls an optimiser.
+What it is: `token_logprobs` (chunked over tokens), `normaliser` (what the summed loss of one update is divided by),
+`policy_loss` (ratio x bound x mismatch correction x aggregation of a row of `rl/advantages.py`) and `value_loss`. Nothing
+here keeps state, knows a model or calls an optimiser.
 
-What it does not do: no KL term, no entropy bonus, no value loss, no correction of the sampler's mismatch beyond the
-ratio itself.
+What it does not do: no KL term and no entropy bonus; advantages are given (`rl/advantages.py`).
 
 Sources: clipping is PPO (arXiv 1707.06347, equation 7) with the two sides apart as in DAPO (arXiv 2503.14476, section
-3.1); sequence ratios are GSPO (arXiv 2507.18071, equation 7); k3 is Schulman, *Approximating KL Divergence* (2020).
+3.1); dual clip is arXiv 1912.09729; clipped weights are CISPO (MiniMax-M1, arXiv 2506.13585, section 3.1); sequence
+ratios are GSPO (arXiv 2507.18071, equation 7); truncated importance sampling is Yao et al., *Your Efficient RL Framework
+Secretly Brings You Off-Policy RL Training* (2025); masking is IcePop, Zhao et al., *Small Leak Can Sink a Great Ship*
+(2025); k3 is Schulman, *Approximating KL Divergence* (2020).
 Departures:
 
 1. The log-ratio is held in [-20, 20] before `exp` (as verl does): e^20 is outside every clip, and inf x 0 is NaN.
-2. A sequence ratio is per row, i.e. per branch; GSPO knows no branches. Each action token carries it, so that with
-   `aggregation="token"` long rows weigh more than in GSPO, which averages rows.
+2. A sequence is a row, i.e. a branch; GSPO knows no branches. A trajectory with several weighs once per branch under
+   `aggregation="sequence"`.
+3. The sampler's log-probs are those recorded at sampling, of several versions where weights were swapped in between, so
+   that a correction holds engine and staleness together; its sources correct the engine alone. It is at the level of the
+   ratio: a sequence's weight is the geometric mean too.
+4. A learner with one update per batch has no old log-probs but the current ones. Under a correction the ratio is then 1,
+   which no bound reaches, and the weight alone bounds what is off-policy: `clip` and `clip_weight` have equal gradients.
 """
 
 from __future__ import annotations
@@ -75,16 +83,14 @@ def _chunk_logprobs(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tens
     return table.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
 
-def normaliser(algorithm: Algorithm, action_tokens: int, trajectories: int, context: int) -> float:
+def normaliser(algorithm: Algorithm, *, action_tokens: int, rows: int, trajectories: int, context: int) -> float:
     """What the summed loss of one update is divided by.
 
-    `action_tokens` and `trajectories` are those of the whole update (over micro-batches and ranks); `context` is the
-    longest context of the recipe, in tokens. `token`: action tokens. `constant`: context x trajectories, whatever their
-    lengths.
+    Counts are those of the whole update (over micro-batches and ranks); `context` is the longest context of the recipe,
+    in tokens. `token`: action tokens. `sequence`: rows. `constant`: context x trajectories, whatever their lengths.
     """
-    if algorithm.aggregation == "token":
-        return float(max(1, action_tokens))
-    return float(context * max(1, trajectories))
+    divisors = {"token": action_tokens, "sequence": rows, "constant": context * max(1, trajectories)}
+    return float(max(1, divisors[algorithm.aggregation]))
 
 
 def policy_loss(
@@ -94,49 +100,126 @@ def policy_loss(
     mask: Tensor,
     algorithm: Algorithm,
     normaliser: float,
+    *,
+    old: Tensor | None = None,
     entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Clipped policy-gradient loss: -sum_t M min(rho A, clip(rho, 1 - low, 1 + high) A) / normaliser.
+    """Policy-gradient loss -sum_t M w F / normaliser, each row divided by its action tokens under `sequence`.
 
-    rho = exp(logprobs - behaviour) per token, or exp of its mean over the action tokens of a row. As every micro-batch
-    of an update is given the same normaliser, their losses and gradients add up to those of the update.
+    rho = exp(logprobs - behaviour), w = 1; with a correction rho = exp(logprobs - old), and w = exp(old - behaviour) is
+    truncated or masked. Per token, or exp of the mean over the action tokens of a row. With low and high the clips,
+    F = min(rho A, clip(rho, low, high) A), for A < 0 at least dual_clip A (`clip`), or F = clip(rho, low, high) A logprobs
+    with a constant factor (`clip_weight`). As every micro-batch of an update is given the same normaliser, their losses
+    and gradients add up to those of the update.
 
     Args:
         logprobs: [B, T] log-probabilities of the targets under the weights in training, nats, differentiable.
         behaviour: [B, T] log-probabilities when they were sampled.
-        advantages: [B, T].
-        mask: [B, T], 1 where the target was sampled; nothing else enters, whatever the other tensors hold there.
-        algorithm: its `ratio` and clips.
+        advantages: A [B, T].
+        mask: M [B, T], 1 where the target was sampled; nothing else enters, whatever the other tensors hold there.
+        algorithm: its `ratio`, `bound`, clips, `correction` and `aggregation`.
         normaliser: of the whole update, see `normaliser`.
+        old: [B, T] log-probabilities under the weights that began the batch, for a correction; None: those in training.
         entropy: [B, T], only reported.
 
-    Returns:
-        loss (scalar) and means over this call's action tokens: `ratio`, `clip_low` and `clip_high` (share of tokens
-        whose gradient the clip removed on that side), `mismatch_kl` (k3 estimate of KL(behaviour || current), nats per
-        token), `entropy` (nats).
+    Returns the loss (scalar) and metrics, see `_metrics`.
     """
     inside = mask > 0
-    log_ratio = torch.where(inside, logprobs - behaviour, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    advantages = torch.where(inside, advantages, 0.0)
-    ratio = (log_ratio if algorithm.ratio == "token" else _row_means(log_ratio, inside)).exp()
-    low, high = 1 - algorithm.clip_low, 1 + algorithm.clip_high
-    objective = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    advantages, logprobs = torch.where(inside, advantages, 0.0), torch.where(inside, logprobs, 0.0)
+    mismatch = _log_ratio(logprobs, behaviour, inside)
+    if algorithm.correction == "none":
+        log_ratio, weight, corrected = mismatch, None, None
+    else:
+        old = logprobs.detach() if old is None else old
+        log_ratio = _log_ratio(logprobs, old, inside)
+        weight, corrected = _correction(_level(_log_ratio(old, behaviour, inside), inside, algorithm).exp(), algorithm)
+    ratio = _level(log_ratio, inside, algorithm).exp()
+    objective = _bounded(ratio, logprobs, advantages, algorithm)
+    if weight is not None:
+        objective = weight * objective
+    if algorithm.aggregation == "sequence":
+        objective = objective / inside.sum(-1, keepdim=True).clamp(min=1)
     loss = -objective.sum() / normaliser
-    with torch.no_grad():
-        columns = {
-            "ratio": ratio,
-            "clip_low": (ratio < low) & (advantages < 0),
-            "clip_high": (ratio > high) & (advantages > 0),
-            "mismatch_kl": log_ratio.exp() - 1 - log_ratio,
-        }
-        if entropy is not None:
-            columns["entropy"] = entropy
-        means = torch.stack([torch.where(inside, c.to(loss.dtype), 0.0).sum() for c in columns.values()])
-        means = means / inside.sum().clamp(min=1)
-    return loss, dict(zip(columns, means.tolist(), strict=True))
+    return loss, _metrics(ratio.detach(), mismatch.detach(), advantages, inside, algorithm, corrected, entropy)
 
 
-def _row_means(values: Tensor, inside: Tensor) -> Tensor:
-    """[B, T] -> [B, T]: at each inside position the mean over the inside positions of its row, elsewhere 0."""
-    means = values.sum(-1, keepdim=True) / inside.sum(-1, keepdim=True).clamp(min=1)
+def _log_ratio(new: Tensor, reference: Tensor, inside: Tensor) -> Tensor:
+    """[B, T] log-probs -> their difference, within limits; 0 outside."""
+    return torch.where(inside, new - reference, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def _level(log_ratio: Tensor, inside: Tensor, algorithm: Algorithm) -> Tensor:
+    """[B, T] -> [B, T]: as it is, or at each inside position the mean over those of its row, elsewhere 0."""
+    if algorithm.ratio == "token":
+        return log_ratio
+    means = log_ratio.sum(-1, keepdim=True) / inside.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(inside, means, 0.0)
+
+
+def _correction(weight: Tensor, algorithm: Algorithm) -> tuple[Tensor, Tensor]:
+    """[B, T] old / sampler -> that weight truncated or masked, and where it was."""
+    high = weight > algorithm.correction_high
+    if algorithm.correction == "truncate":
+        return weight.clamp(max=algorithm.correction_high), high
+    removed = high | (weight < algorithm.correction_low)
+    return torch.where(removed, 0.0, weight), removed
+
+
+def _bounded(ratio: Tensor, logprobs: Tensor, advantages: Tensor, algorithm: Algorithm) -> Tensor:
+    """[B, T] each -> the objective F of each token [B, T], see `policy_loss`."""
+    clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+    if algorithm.bound == "clip_weight":
+        return clipped.detach() * advantages * logprobs
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    if algorithm.dual_clip is None:
+        return objective
+    return torch.where(advantages < 0, torch.maximum(objective, algorithm.dual_clip * advantages), objective)
+
+
+@torch.no_grad()
+def _metrics(
+    ratio: Tensor,
+    mismatch: Tensor,
+    advantages: Tensor,
+    inside: Tensor,
+    algorithm: Algorithm,
+    corrected: Tensor | None,
+    entropy: Tensor | None,
+) -> dict[str, float]:
+    """Means over this call's action tokens.
+
+    `ratio`; `clip_low` and `clip_high`: share of tokens whose gradient (`clip`) or weight (`clip_weight`) was cut on that
+    side; `mismatch_kl`: k3 estimate of KL(behaviour || current), nats per token; with a correction `corrected`: share of
+    tokens whose weight was truncated or masked; where given, `entropy` (nats).
+    """
+    low, high = ratio < 1 - algorithm.clip_low, ratio > 1 + algorithm.clip_high
+    if algorithm.bound == "clip":
+        low, high = low & (advantages < 0), high & (advantages > 0)
+        if algorithm.dual_clip is not None:
+            high |= (ratio > algorithm.dual_clip) & (advantages < 0)
+    columns = {"ratio": ratio, "clip_low": low, "clip_high": high, "mismatch_kl": mismatch.exp() - 1 - mismatch}
+    if corrected is not None:
+        columns["corrected"] = corrected
+    if entropy is not None:
+        columns["entropy"] = entropy
+    means = torch.stack([torch.where(inside, c.to(ratio.dtype), 0.0).sum() for c in columns.values()])
+    return dict(zip(columns, (means / inside.sum().clamp(min=1)).tolist(), strict=True))
+
+
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float, normaliser: float) -> Tensor:
+    """Clipped squared error of a critic: sum_t M max((V - R)^2, (old + clip(V - old, -clip, clip) - R)^2) / (2 normaliser).
+
+    The clip is that of OpenAI baselines' PPO (named in arXiv 2005.12729); PPO's paper has the plain square.
+
+    Args:
+        values: V [B, T], differentiable.
+        old: [B, T] estimates before the batch.
+        returns: R [B, T], the targets of `rl.advantages.gae`.
+        mask: M [B, T], 1 at action tokens; nothing else enters.
+        clip: how far V may move from old before its gradient stops, in units of returns.
+        normaliser: action tokens of the whole update.
+    """
+    inside = mask > 0
+    values, old, returns = (torch.where(inside, x, 0.0) for x in (values, old, returns))
+    near = old + (values - old).clamp(-clip, clip)
+    return torch.maximum((values - returns) ** 2, (near - returns) ** 2).sum() / (2 * normaliser)

@@ -27,6 +27,7 @@ GLOSSARY: dict[str, str] = {
     "entropy": "mean entropy of the policy at sampled tokens, nats",
     "clip_low": "share of action tokens whose ratio was clipped below",
     "clip_high": "share of action tokens whose ratio was clipped above",
+    "corrected": "share of action tokens whose weight against the sampler's mismatch was truncated or masked",
     "ratio": "mean importance ratio of action tokens",
     "mismatch_kl": "k3 estimate of KL(behaviour ‖ current) at the step's first update, nats a token: engine and staleness",
     "parity": "largest |log-prob of the engine − log-prob of the learner| on the probe sequences after the publish, nats",

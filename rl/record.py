@@ -111,7 +111,7 @@ class Record:
             "action_tokens": report.action_tokens,
             "loss": step["loss"],
             "grad_norm": step["grad_norm"],
-            **{k: metrics[k] for k in ("entropy", "clip_low", "clip_high", "ratio", "mismatch_kl") if k in metrics},
+            **metrics,
             "staleness_max": report.staleness_max,
             "staleness_mean": report.staleness_mean,
             "mixed": mixed / max(1, len(trajectories)),

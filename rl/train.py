@@ -79,12 +79,10 @@ def again(recipe: Path, overrides: list[str]) -> Config:
 
 
 def check(config: Config) -> None:
-    """Fail in one line, before any process starts, for what can be known here: env, splits, backend, model, algorithm."""
+    """Fail in one line, before any process starts, for what can be known here: env, splits, backend, model."""
     from envs.registration import make
     from policy.renderer import Renderer
-    from rl.advantages import algorithm
 
-    algorithm(config.learn.algorithm, **config.learn.overrides)
     Renderer(config.model)
     env = make(config.env.id, **config.env.kwargs)
     try:

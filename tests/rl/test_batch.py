@@ -144,6 +144,43 @@ def test_shuffled_permutes_the_same_advantages() -> None:
     assert report.kept == 24
 
 
+def test_the_bound_of_rare_ids_is_a_field() -> None:
+    t = episode(1.0, 3, token=51, logprob=-log(629) - 2.01)
+    assert is_gibberish(t, 629, rare=50) and not is_gibberish(t, 629, rare=51)
+    assert not is_gibberish(t, 629)  # 629 * 100000 // 128256 = 490
+    assert not is_gibberish(episode(1.0, 3, token=51, logprob=-log(629) - 1.99), 629, rare=50)
+    group = Group("g", "task", [t, episode(0.0, 3)])
+    for row, dropped in ((CWM, {}), (algorithm("cwm", gibberish_id=50), {"gibberish": 1})):
+        assert rows_of([group], row, 0, vocabulary=629)[1].dropped == dropped
+
+
+def test_a_batch_is_normalised_over_all_that_can_be_trained() -> None:
+    # Token mean (2 * 1 + 6 * 0 + 8 * 0.5) / 16 = 0.375, as in test_advantages: deviation 0.3307189. What has no reward
+    # or no action token is not in it.
+    groups = [
+        Group("a", "task", [episode(1.0, 2), episode(None, 9), episode(0.0, 6)]),
+        Group("b", "task", [episode(0.5, 3, 5), episode(0.5, 0)]),
+    ]
+    rows, report = rows_of(groups, algorithm("reinforce++"), 0)
+    expected = [0.625 / 0.3308189, -0.375 / 0.3308189, 0.125 / 0.3308189, 0.125 / 0.3308189]
+    assert [r.advantage for r in rows] == pytest.approx(expected, rel=1e-6)
+    assert (report.live_groups, report.dropped) == (1, {"infra": 1, "empty": 1})
+
+
+def test_old_logprobs_are_aligned_like_the_samplers() -> None:
+    row = Row(
+        token_ids=[5, 6, 17, 2],
+        loss_mask=[0, 0, 1, 1],
+        logprobs=[0, 0, -0.25, -0.5],
+        versions=[-1, -1, 0, 0],
+        advantage=1.0,
+        old=[0, -9, -0.125, -0.75],
+    )
+    (batch,) = microbatches([row], 100)
+    assert batch.old is not None and batch.old.tolist() == [[-9, -0.125, -0.75]]
+    assert batch.behaviour.tolist() == [[0, -0.25, -0.5]] and batch.mask.tolist() == [[0, 1, 1]]
+
+
 def test_groups_without_anything() -> None:
     rows, report = rows_of([Group("none", "task"), Group("dead", "task", [episode(None, 3)])], CWM, 7)
     assert rows == [] and microbatches(rows, 10) == []

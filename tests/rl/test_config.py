@@ -37,6 +37,9 @@ def test_overrides():
         ("rollout.workers=-1", r"rollout.workers=-1 is too small"),
         ("rollout.group_size=1", r"group_size=1 is too small; give at least 2"),
         ("eval.tasks=0", r"eval.tasks=0 is too small"),
+        ("learn.algorithm=grpoo", r"learn: algorithm='grpoo' is unknown; .*Did you mean 'grpo'"),
+        ("learn.algorithm=ppo", r"learn: algorithm='ppo' has baseline='critic', .* has no critic yet; take a preset"),
+        ("learn.overrides.bound=clips", r"learn: algorithm 'cwm': bound='clips' is none of clip, clip_weight"),
         ("name=a/b", r"name='a/b' is no directory name"),
         ("steps", r"override 'steps' is not of the form"),
         ("steps.x=1", r"'steps' is a value, not a section"),
@@ -62,6 +65,13 @@ def test_another_environment_starts_without_the_recipes_arguments():
     assert load(tiny, ["env.id=codeworld/SWE-v0"]).env.kwargs["reward"] == "binary"
     assert load(tiny, ["env.id=mine:Echo"]).env.kwargs == {}
     assert load(tiny, ["env.id=mine:Echo", "env.kwargs.word=1"]).env.kwargs == {"word": 1}
+
+
+def test_staleness_is_the_recipes_or_the_presets():
+    tiny = ROOT / "rl/recipes/tiny.toml"
+    assert load(tiny, ["learn.max_staleness=5", "learn.overrides.max_staleness=9"]).learn.row().max_staleness == 5
+    own = load(ROOT / "examples/reading_list.toml", ["learn.overrides.filter_stale=7"]).learn
+    assert (own.max_staleness, own.row().max_staleness, own.row().filter_stale) == (None, 2, 7)
 
 
 def test_the_laptop_run_keeps_32_episodes_in_flight():

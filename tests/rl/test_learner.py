@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from policy import models
+from rl.advantages import PRESETS
 from rl.batch import Row
 from rl.learner import Learner, LearnerConfig, learning_rate
+from rl.metrics import GLOSSARY
 
 torch.set_num_threads(1)
 V = 32
@@ -66,10 +68,10 @@ def test_score_is_the_models_log_softmax(model_dir: Path) -> None:
 
 def test_small_microbatches_give_the_gradient_of_one_batch(model_dir: Path) -> None:
     """Split by length into many micro-batches or padded into one: the same update."""
-    for preset in ("grpo", "cwm"):
+    for preset, overrides in (*((name, {}) for name in PRESETS if name != "ppo"), ("dapo", {"correction": "mask"})):
         results = []
         for budget in (64, 4096):
-            x = learner(model_dir, algorithm=preset, max_tokens=budget)
+            x = learner(model_dir, algorithm=preset, overrides=overrides, max_tokens=budget)
             report = x.step(some_rows(12))
             results.append((report, flat(x)))
         (few, a), (many, b) = results
@@ -108,6 +110,30 @@ def test_report_and_version(model_dir: Path) -> None:
     assert report.wall_seconds > 0 and report.cpu_seconds > 0
     empty = x.step([])
     assert (x.version, x.updates, empty.updates, empty.tokens) == (2, 2, 0, 0)
+
+
+def test_a_correction_is_against_the_weights_that_began_the_batch(model_dir: Path, monkeypatch) -> None:
+    """Every update of a batch sees the same old log-probs: the ratio is 1 in the first and moves in the second."""
+    x = learner(model_dir, minibatches=2, lr=1e-2, overrides={"correction": "truncate", "correction_high": 1.05})
+    rows, seen = some_rows(8), []
+    before = {tuple(r.token_ids): s for r, s in zip(rows, x.score([r.token_ids for r in rows]), strict=True)}
+    update = x._update
+    monkeypatch.setattr(x, "_update", lambda part, *a, **k: (seen.extend(part), update(part, *a, **k)))
+    report = x.step(rows)
+    assert len(seen) == 8 and all(list(r.old) == before[tuple(r.token_ids)] for r in seen)
+    assert 0 < report.metrics["corrected"] < 1 and report.metrics["ratio"] != pytest.approx(1, abs=1e-4)
+    assert set(report.metrics) <= set(GLOSSARY)
+    # one update: nothing to score, and the ratio is 1
+    x = learner(model_dir, overrides={"correction": "truncate"})
+    monkeypatch.setattr(x, "score", None)
+    assert x.step(rows).metrics["ratio"] == 1
+
+
+def test_what_is_masked_as_mismatch_is_not_learned(model_dir: Path) -> None:
+    x = learner(model_dir, overrides={"correction": "mask"})
+    rows = [Row(**{**vars(r), "logprobs": [-30.0 * m for m in r.loss_mask]}) for r in some_rows(4)]
+    report = x.step(rows)
+    assert (report.metrics["corrected"], report.grad_norm, report.loss) == (1, 0, 0)
 
 
 def test_mismatch_is_measured_before_the_first_update(model_dir: Path) -> None:
@@ -202,7 +228,11 @@ def test_weights_are_copies_and_the_export_loads(model_dir: Path, tmp_path: Path
         ({"algorithm": "cwn"}, "algorithm='cwn' is unknown; .* Did you mean 'cwm'"),
         ({"max_tokens": 10, "context": 20}, "learner.max_tokens=10 is less than learner.context=20"),
         ({"lr": 0.0}, "learner.lr=0.0 must be positive"),
-        ({"overrides": {"clip": 1}}, "algorithm.clip is unknown"),
+        ({"overrides": {"clip": 1}}, "algorithm 'cwm': unknown key 'clip'; .* Did you mean 'clip_low'"),
+        (
+            {"algorithm": "ppo"},
+            "algorithm='ppo' has baseline='critic', and the learner has no critic yet; take a preset",
+        ),
     ],
 )
 def test_mistakes_are_named(settings: dict[str, object], message: str) -> None:

@@ -1,19 +1,20 @@
-"""The policy loss against hand-made numbers, finite differences, TRL and itself under padding and splitting."""
+"""The losses against hand-made numbers, finite differences, and themselves under padding and splitting."""
 
-from collections import defaultdict
+from itertools import product
 from math import exp, log
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from rl.advantages import PRESETS, algorithm
-from rl.losses import normaliser, policy_loss, token_logprobs
+from rl.advantages import PRESETS, Algorithm, algorithm
+from rl.losses import normaliser, policy_loss, token_logprobs, value_loss
 
 torch.set_num_threads(1)
 CWM, GRPO = PRESETS["cwm"], PRESETS["grpo"]
 GSPO = algorithm("grpo", ratio="sequence")
+TRUNCATED = algorithm("cispo", correction="truncate")
+MASKED = algorithm("gspo", correction="mask")
 
 
 def rows(*values: list[float]) -> Tensor:
@@ -40,7 +41,7 @@ def test_by_hand() -> None:
     logprobs = behaviour + rows([log(1.5), log(1.1), log(0.5), log(0.9), 5])
     advantages, mask = rows([1, 1, -1, -1, 9]), rows([1, 1, 1, 1, 0])
     loss, metrics = policy_loss(logprobs, behaviour, advantages, mask, CWM, 10.0, entropy=rows([1, 2, 3, 4, 99]))
-    assert float(loss) == pytest.approx(-0.065)
+    assert float(loss.detach()) == pytest.approx(-0.065)
     assert metrics["ratio"] == pytest.approx((1.5 + 1.1 + 0.5 + 0.9) / 4)
     assert (metrics["clip_high"], metrics["clip_low"], metrics["entropy"]) == (0.25, 0.25, 2.5)
     # k3 = r - 1 - ln r: 0.5 - 0.405465, 0.1 - 0.0953102, -0.5 + 0.693147, -0.1 + 0.1053605
@@ -53,7 +54,7 @@ def test_sequence_ratio_by_hand() -> None:
     # log-ratios 0.2 and 0.4: their mean 0.3, ratio e^0.3 = 1.34986 for both tokens, clipped to 1.2: -(1.2 + 1.2) / 4
     behaviour = rows([-1, -1, -1])
     loss, metrics = policy_loss(behaviour + rows([0.2, 9, 0.4]), behaviour, rows([1, 1, 1]), rows([1, 0, 1]), GSPO, 4.0)
-    assert float(loss) == pytest.approx(-0.6)
+    assert float(loss.detach()) == pytest.approx(-0.6)
     assert metrics["ratio"] == pytest.approx(exp(0.3))
     assert metrics["clip_high"] == 1.0
 
@@ -67,20 +68,140 @@ def test_on_policy_gradient_is_the_policy_gradient() -> None:
     assert (metrics["ratio"], metrics["clip_low"], metrics["clip_high"], metrics["mismatch_kl"]) == (1, 0, 0, 0)
 
 
-@pytest.mark.parametrize("row", [CWM, GRPO, GSPO], ids=["cwm", "grpo", "sequence"])
-def test_gradient_is_that_of_finite_differences(row: object) -> None:
+def test_dual_clip_by_hand() -> None:
+    # Ratios 6 and 2 under A = -1: at least 3 * -1; 6 under A = +1: clipped to 1.2. -(-3 - 2 + 1.2) / 4 = 0.95
+    row = algorithm("grpo", dual_clip=3.0)
+    behaviour = rows([-7, -7, -7])
+    x = (behaviour + rows([log(6), log(2), log(6)])).requires_grad_()
+    loss, metrics = policy_loss(x, behaviour, rows([-1, -1, 1]), rows([1, 1, 1]), row, 4.0)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0.95)
+    assert x.grad.tolist() == [[0, pytest.approx(2 / 4), 0]]
+    assert (metrics["clip_low"], metrics["clip_high"]) == (0, pytest.approx(2 / 3))
+
+
+def test_clipped_weights_by_hand() -> None:
+    # Ratios 7, 2 and 0.1 under A = 1, -1, 2: weights 5, 2 and 0.1 on log-probs -1, -2, -3; -(-5 + 4 - 0.6) / 4 = 0.4.
+    # Every token keeps a gradient, -w A / 4: a clip would have stopped the first and, below, the third.
+    row = PRESETS["cispo"]
+    x = rows([-1, -2, -3]).requires_grad_()
+    behaviour = x.detach() - rows([log(7), log(2), log(0.1)])
+    loss, metrics = policy_loss(x, behaviour, rows([1, -1, 2]), rows([1, 1, 1]), row, 4.0)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0.4)
+    assert x.grad.tolist() == [pytest.approx([-5 / 4, 2 / 4, -0.2 / 4])]
+    assert (metrics["clip_low"], metrics["clip_high"]) == (0, pytest.approx(1 / 3))
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected", "corrected"), [("truncate", (2.0, 1.1, 0.25), 1 / 3), ("mask", (0, 1.1, 0), 2 / 3)]
+)
+def test_corrections_by_hand(correction: str, expected: tuple[float, ...], corrected: float) -> None:
+    # Old / sampler is 3, 1.1 and 0.25 in three tokens: truncated at 2, or left out where not in [0.5, 2]. Current / old
+    # is 1.1, 1.5 and 1 under A = 1: clipped to 1.1, 1.2, 1 whatever the sampler says. Loss -(1.1 w + 1.2 w + w) / 10.
+    row = algorithm("grpo", correction=correction)
+    behaviour = rows([-4, -4, -4])
+    old = behaviour + rows([log(3), log(1.1), log(0.25)])
+    x = (old + rows([log(1.1), log(1.5), 0])).requires_grad_()
+    loss, metrics = policy_loss(x, behaviour, rows([1, 1, 1]), rows([1, 1, 1]), row, 10.0, old=old)
+    loss.backward()
+    a, b, c = expected
+    assert float(loss.detach()) == pytest.approx(-(1.1 * a + 1.2 * b + c) / 10)
+    assert x.grad.tolist() == [pytest.approx([-1.1 * a / 10, 0, -c / 10])]  # the second is clipped
+    assert metrics["corrected"] == pytest.approx(corrected) and metrics["ratio"] == pytest.approx(1.2)
+    # k3 is still of the sampler: its ratios are 3.3, 1.65 and 0.25
+    assert metrics["mismatch_kl"] == pytest.approx((5.2 - log(3.3 * 1.65 * 0.25) - 3) / 3)
+
+
+def test_a_sequence_is_corrected_as_one() -> None:
+    # Old / sampler e^0.4 and e^1.2: their geometric mean e^0.8 = 2.2255 is truncated to 2 for both tokens.
+    row = algorithm("gspo", correction="truncate")
+    old = rows([-1, 9, -1])
+    loss, _ = policy_loss(old, old - rows([0.4, 9, 1.2]), rows([1, 1, 1]), rows([1, 0, 1]), row, 1.0, old=old)
+    assert float(loss.detach()) == pytest.approx(-2.0)
+
+
+@pytest.mark.parametrize("bound", ["clip", "clip_weight"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_without_old_logprobs_the_weight_bounds_alone(bound: str, level: str) -> None:
+    """One update per batch: the ratio is 1, both bounds pass, and the gradient is -w A / normaliser."""
+    # current / sampler 3 and 1.2 -> truncated 2 and 1.2; as one sequence sqrt(3.6) = 1.8974
+    row = algorithm("grpo", ratio=level, bound=bound, correction="truncate")
+    x = rows([-1, -2]).requires_grad_()
+    loss, metrics = policy_loss(x, x.detach() - rows([log(3), log(1.2)]), rows([1, 1]), rows([1, 1]), row, 4.0)
+    loss.backward()
+    weights = [2, 1.2] if level == "token" else [3.6**0.5] * 2
+    assert x.grad.tolist() == [pytest.approx([-w / 4 for w in weights])]
+    assert metrics["ratio"] == 1
+
+
+def test_rows_weigh_the_same_by_sequence() -> None:
+    # On-policy ratios 1: row means are 2 (three tokens) and -4 (one); -(2 - 4) / 2 rows
+    row, zero = algorithm("grpo", aggregation="sequence"), rows([0, 0, 0], [0, 0, 0])
+    advantages, mask = rows([2, 2, 2], [-4, -4, -4]), rows([1, 1, 1], [0, 1, 0])
+    divisor = normaliser(row, action_tokens=4, rows=2, trajectories=1, context=99)
+    assert float(policy_loss(zero, zero, advantages, mask, row, divisor)[0]) == pytest.approx(1.0)
+
+
+COMBINATIONS = list(product(["token", "sequence"], ["clip", "clip_weight", "dual"], ["none", "truncate", "mask"]))
+
+
+@pytest.mark.parametrize(("ratio", "bound", "correction"), COMBINATIONS)
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_gradient_is_that_of_finite_differences(ratio: str, bound: str, correction: str, aggregation: str) -> None:
+    """What is constant by definition, i.e. weights, is held at its value while log-probs are moved."""
     logprobs, behaviour, advantages, mask = random_batch(1, b=16)
+    old = behaviour + 0.2 * torch.randn(behaviour.shape, generator=torch.Generator().manual_seed(2)).double()
+    logprobs = logprobs + (old - behaviour)
+    row = algorithm(
+        "dr_grpo",
+        ratio=ratio,
+        bound="clip" if bound == "dual" else bound,
+        dual_clip=1.3 if bound == "dual" else None,
+        correction=correction,
+        correction_low=0.9,
+        correction_high=1.1,
+        aggregation=aggregation,
+    )
+
+    weights = held(row, logprobs, behaviour, old, mask)
 
     def loss(x: Tensor) -> Tensor:
-        return policy_loss(x, behaviour, advantages, mask, row, 17.0)[0]  # type: ignore[arg-type]
+        if bound != "clip_weight":
+            return policy_loss(x, behaviour, advantages, mask, row, 17.0, old=old)[0]
+        return -(weights * advantages * x).sum() / 17.0
 
     x = logprobs.clone().requires_grad_()
-    assert torch.autograd.gradcheck(loss, (x,), eps=1e-6, atol=1e-8)
-    _, metrics = policy_loss(x, behaviour, advantages, mask, row, 17.0)  # type: ignore[arg-type]
+    value, metrics = policy_loss(x, behaviour, advantages, mask, row, 17.0, old=old)
+    assert torch.allclose(value, loss(logprobs))
+    numeric = torch.zeros_like(x)
+    for index in product(range(16), range(7)):
+        step = torch.zeros_like(logprobs)
+        step[index] = 1e-6
+        numeric[index] = (loss(logprobs + step) - loss(logprobs - step)) / 2e-6
+    assert torch.allclose(torch.autograd.grad(value, x)[0], numeric, atol=1e-8)
     assert metrics["clip_low"] > 0 and metrics["clip_high"] > 0, "the batch must reach both clips"
+    assert correction == "none" or 0 < metrics["corrected"] < 1, "the batch must reach the correction"
 
 
-@pytest.mark.parametrize("row", [CWM, GSPO], ids=["token", "sequence"])
+def held(row: Algorithm, logprobs: Tensor, behaviour: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    """The constant factors of `clip_weight`, token by token in plain Python: [B, T]."""
+    out = torch.zeros_like(logprobs)
+    reference = behaviour if row.correction == "none" else old
+    for i, inside in enumerate(mask.bool().tolist()):
+        places = [t for t, m in enumerate(inside) if m]
+        for t in places:
+            group = [t] if row.ratio == "token" else places
+            ratio = exp(sum(float(logprobs[i, s] - reference[i, s]) for s in group) / len(group))
+            weight = exp(sum(float(reference[i, s] - behaviour[i, s]) for s in group) / len(group))
+            if row.correction == "mask" and not 0.9 <= weight <= 1.1:
+                weight = 0.0
+            share = 1 / len(places) if row.aggregation == "sequence" else 1
+            out[i, t] = min(weight, 1.1) * min(max(ratio, 0.8), 1.2) * share
+    return out
+
+
+@pytest.mark.parametrize("row", [CWM, GSPO, TRUNCATED, MASKED], ids=["token", "sequence", "truncate", "mask"])
 @pytest.mark.parametrize("poison", [7.0, float("nan"), float("inf"), -float("inf")])
 def test_what_is_masked_does_not_enter(row: object, poison: float) -> None:
     tensors = random_batch(2)
@@ -97,7 +218,7 @@ def test_what_is_masked_does_not_enter(row: object, poison: float) -> None:
     assert torch.equal(grad_a, grad_b) and torch.equal(grad_a * (1 - mask), torch.zeros_like(mask))
 
 
-@pytest.mark.parametrize("row", [CWM, GSPO], ids=["token", "sequence"])
+@pytest.mark.parametrize("row", [CWM, GSPO, TRUNCATED, MASKED], ids=["token", "sequence", "truncate", "mask"])
 def test_neighbours_do_not_enter(row: object) -> None:
     """A row's gradient is the same whatever the other rows hold, and whatever padding follows it."""
     a, b = random_batch(3), random_batch(4)
@@ -113,16 +234,30 @@ def test_neighbours_do_not_enter(row: object) -> None:
 
 def test_microbatches_add_up() -> None:
     batch = random_batch(5, b=6)
-    divisor = normaliser(GRPO, int(batch[3].sum()), 6, 999)
-    whole = policy_loss(*batch, GRPO, divisor)[0]
-    parts = [policy_loss(*[x[i : i + 2] for x in batch], GRPO, divisor)[0] for i in (0, 2, 4)]
-    assert float(sum(parts)) == pytest.approx(float(whole))
+    for row in PRESETS.values():
+        divisor = normaliser(row, action_tokens=int(batch[3].sum()), rows=6, trajectories=5, context=999)
+        whole = policy_loss(*batch, row, divisor)[0]
+        parts = [policy_loss(*[x[i : i + 2] for x in batch], row, divisor)[0] for i in (0, 2, 4)]
+        assert float(sum(parts)) == pytest.approx(float(whole))
 
 
 def test_normalisers() -> None:
-    assert normaliser(GRPO, 40, 3, 512) == 40
-    assert normaliser(CWM, 40, 3, 512) == 3 * 512
-    assert normaliser(GRPO, 0, 0, 512) == 1
+    update = {"action_tokens": 40, "rows": 5, "trajectories": 3, "context": 512}
+    assert normaliser(GRPO, **update) == 40
+    assert normaliser(CWM, **update) == 3 * 512
+    assert normaliser(PRESETS["gspo"], **update) == 5
+    nothing = {"action_tokens": 0, "rows": 0, "trajectories": 0, "context": 512}
+    assert [normaliser(row, **nothing) for row in (GRPO, CWM, PRESETS["gspo"])] == [1, 512, 1]
+
+
+def test_value_loss_by_hand() -> None:
+    # Old values 1, targets 2, clip 0.5. V = 1.2: inside, (1.2 - 2)^2 = 0.64. V = 1.9: held at 1.5, whose 0.25 is worse than
+    # 0.01 and has no gradient. V = 0.2: held at 0.5, whose 2.25 is better than 3.24. (0.64 + 0.25 + 3.24) / (2 * 10)
+    values = rows([1.2, 1.9, 0.2, float("nan")]).requires_grad_()
+    loss = value_loss(values, rows([1, 1, 1, 1]), rows([2, 2, 2, 2]), rows([1, 1, 1, 0]), 0.5, 10.0)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0.2065)
+    assert values.grad.tolist() == [pytest.approx([-0.8 / 10, 0, -1.8 / 10, 0])]
 
 
 def test_a_huge_mismatch_stays_finite() -> None:
@@ -166,52 +301,3 @@ def test_nothing_selected_is_zero() -> None:
         hidden, torch.randn(9, 4), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3)
     )
     assert not logprobs.any() and not entropy.any()
-
-
-def trl_loss(batch: tuple[Tensor, ...], loss_type: str, level: str, low: float, high: float, length: int) -> float:
-    """TRL's own `_compute_loss` on given log-probs, without its trainer."""
-    grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="needs the extra `train`")
-    logprobs, behaviour, advantages, mask = batch
-    stub = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, torch.zeros_like(logprobs), None),
-        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x),
-        args=SimpleNamespace(delta=None),
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        model=SimpleNamespace(training=True),
-        loss_type=loss_type,
-        importance_sampling_level=level,
-        epsilon_low=low,
-        epsilon_high=high,
-        max_completion_length=length,
-        beta=0.0,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        use_vllm=False,
-        aux_loss_enabled=False,
-        _entropy_bonus_enabled=False,
-        current_gradient_accumulation_steps=1,
-    )
-    ids = torch.zeros(mask.shape, dtype=torch.int64)
-    inputs = {
-        "prompt_ids": ids[:, :1],
-        "prompt_mask": torch.ones_like(ids[:, :1]),
-        "completion_ids": ids,
-        "completion_mask": mask,
-        "advantages": advantages[:, 0],
-        "old_per_token_logps": behaviour,
-    }
-    return float(grpo_trainer.GRPOTrainer._compute_loss(stub, None, inputs))
-
-
-@pytest.mark.parametrize(
-    ("row", "loss_type", "level"),
-    [(GRPO, "bnpo", "token"), (GSPO, "bnpo", "sequence"), (CWM, "dr_grpo", "token")],
-    ids=["token mean", "sequence ratio", "constant"],
-)
-def test_agrees_with_trl(row: object, loss_type: str, level: str) -> None:
-    """TRL's `bnpo` divides by action tokens, `dr_grpo` by rows x longest completion: our `token` and `constant`."""
-    batch = random_batch(6)
-    divisor = normaliser(row, int(batch[3].sum()), 4, 100)  # type: ignore[arg-type]
-    ours = policy_loss(*batch, row, divisor)[0]  # type: ignore[arg-type]
-    theirs = trl_loss(batch, loss_type, level, row.clip_low, row.clip_high, 100)  # type: ignore[attr-defined]
-    assert float(ours) == pytest.approx(theirs, rel=1e-12)
