@@ -7,7 +7,7 @@
 
     stage      consumes        produces        waits for                                unblocked by
     feed       task indices    orders          a free episode slot; the staleness       an episode's end;
-                                               bound (`Admission.may_start`)            a publish
+                                               bound (`Staleness.may_issue`)            a publish
     roll out   orders          trajectories    the engine, the sandbox (`worker.py`)    their answers
     batch      trajectories    groups, rows    G trajectories of a group;               an episode's end
                                                `groups_per_step` finished groups
@@ -33,12 +33,12 @@ from typing import Any
 
 from agents.trajectory import Group, Trajectory
 from envs.errors import InfraError
-from rl.admission import Admission
 from rl.batch import BatchReport, rows_of
 from rl.config import Config
 from rl.parts import Parts
 from rl.record import Record
 from rl.spawn import Handle
+from rl.staleness import Staleness
 from rl.worker import Order
 
 PARITY = 1e-4
@@ -90,9 +90,8 @@ class Loop:
 
         self.config, self.parts, self.record = config, parts, record
         self.algorithm = algorithm(config.learn.algorithm, **config.learn.overrides)
-        self.admission = Admission(
+        self.staleness = Staleness(
             groups_per_batch=config.learn.groups_per_step,
-            max_in_flight=config.rollout.in_flight,
             max_staleness=config.learn.max_staleness,
             policy=config.learn.stale,
         )
@@ -164,7 +163,7 @@ class Loop:
         issued = len(self.open) + len(self.ready)
         needed = (self.config.steps - self.step) * self.config.learn.groups_per_step - self.training
         outstanding = issued + self.training
-        if issued >= needed or not self.admission.may_start(self.version, self.in_flight, outstanding, self.step):
+        if issued >= needed or not self.staleness.may_issue(self.version, self.step, outstanding):
             return False
         if self.reissue:
             self.issue(*self.reissue.popleft())
@@ -261,11 +260,11 @@ class Loop:
         """Hand the learner a batch, if it is idle, the last publish is proven, and enough groups are ready."""
         if self.learning or self.step >= self.config.steps:
             return
-        for group in [g for g in self.ready if self.admission.accept(g.oldest_version, self.version) != "train"]:
+        for group in [g for g in self.ready if self.staleness.accept(g.oldest_version, self.version) != "train"]:
             self.ready.remove(group)
             self._drop(group, "stale")
         ready = {g.id: g.oldest_version for g in self.ready}
-        chosen = self.admission.select(ready, {name: o.version for name, o in self.open.items()}, self.version)
+        chosen = self.staleness.select(ready, {name: o.version for name, o in self.open.items()}, self.version)
         if not chosen:
             return
         groups = [g for g in self.ready if g.id in chosen]
