@@ -47,6 +47,17 @@ def test_a_lost_episode_is_played_again_before_others() -> None:
     assert run.ended("b") == Closed(drop="infra", cancel=[])  # one alone is no group
 
 
+@pytest.mark.parametrize("versions", [(1, 3), (3, 1)])
+def test_a_group_is_as_old_as_its_oldest_token(versions: tuple[int, int]) -> None:
+    run = admission(2)
+    run.resume(3, {})
+    run.issue("g0", ["a", "b"])
+    run.start()
+    assert run.ended("a", usable=True, oldest=versions[0]) is None
+    assert run.ended("b", usable=True, oldest=versions[1]) == Closed(drop=None, cancel=[])
+    assert run.stale() == ["g0"] and run.batch() == [] and run.outstanding == 0  # 3 - 1 > 1
+
+
 def test_sandboxes_bind_before_episodes_in_flight() -> None:
     run = admission(4, sandboxes=1)
     run.queue(["e0", "e1"])
@@ -449,7 +460,7 @@ scenes = st.builds(
 choices = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 999)), max_size=80)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(scenes, choices, st.integers(0, 2**32), st.sampled_from([0, 15, 60]))
 def test_bounds_hold_and_every_group_comes_to_its_end(
     setting: Setting, choices: list[tuple[int, int]], seed: int, slow: int
@@ -460,6 +471,14 @@ def test_bounds_hold_and_every_group_comes_to_its_end(
         if events:
             world.happen(*events[which % len(events)], number)
     world.finish(random.Random(seed), slow)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(0, 2), st.sampled_from(["wait", "drop"]), st.integers(0, 2**32))
+def test_groups_that_are_overtaken_for_long(batch: int, staleness: int, policy: str, seed: int) -> None:
+    """With room for all, few slow groups and many batches, groups do get old."""
+    setting = Setting(steps=8, batch=batch, staleness=staleness, policy=policy, in_flight=16, tokens=400, losses=2)
+    World(setting).finish(random.Random(seed), 15)
 
 
 @settings(max_examples=20, deadline=None)
