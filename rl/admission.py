@@ -1,119 +1,358 @@
-"""Admission: how many groups may be on their way, and which form the next batch. Pure: numbers in, decisions out.
+"""Admission: which episodes start, which turns run, which groups are trained. Events in, decisions out.
 
-What it is: `Admission` holds the limits and answers four questions: `may_start` (may one more group be issued),
-`capacity` (how many may be on their way), `select` (which finished groups are trained next, or wait) and `accept` (may
-this group be trained at all).
+Two state machines, because a run has one loop and may have several engines; each lives where its events happen.
 
-What it does not do: it keeps no state, reads no clock and starts nothing; the loop calls it and keeps the journal.
-Limits by KV budget or measured load are not here.
+    machine      beside     events                                        decisions
+    `Admission`  the loop   issue, queue, ended, retry, trained,          start, cancel (`Closed`), batch,
+                            published, measured                           stale; `may_issue`
+    `Budget`     an engine  ask, done, end (of an episode's turns)        run and park (`decide`)
 
-Words. *Staleness* of a group is the learner's version when it is trained minus the oldest version that sampled one of
-its tokens. A group is *outstanding* from its issue until it is trained or dropped. B is groups per batch, S the largest
-staleness, v the version of the learner (batches trained), e <= v the version that the engines hold (the least of them).
+Both are functions of their events: no thread, no clock (`now` is an argument), no randomness. A decision that is handed
+out counts as carried out. Five limits hold together:
 
-The bound. A group issued while the engines hold e has no token older than e, so it may wait for training until v = e +
-S: its deadline. Each version trains exactly B groups, so all outstanding groups can meet their deadlines, whatever
-their order of finishing, iff for each w >= v at most (w - v + 1) B of them have a deadline <= w. e never falls, so a
-new group's deadline is the latest, and it may be issued iff
+* *Staleness*: no token is trained more than S versions after it was sampled; `rl/staleness.py` has the rule and its proof.
+* *Episodes in flight*: those started and not ended, evaluation included. AIMD on measured load L (Chiu & Jain 1989, who
+  show that this rule alone of the linear ones converges to efficiency and fairness): once per interval
 
-    outstanding + 1 <= (e + S - v + 1) B
+      L <= load:  limit <- min(limit + 1, max_in_flight)        L > load:  limit <- max(1, floor(factor * limit))
 
-With e = v and v B groups trained this is AReaL's rule (arXiv 2505.24298, its staleness control), issued <= (S + v + 1)
-B, which alone bounds the staleness only if groups are trained in the order of their issue. Slow groups are overtaken,
-hence the second half: `select` takes the oldest finished groups first, and
+  A lower limit starts no episodes; it ends none.
+* *Sandboxes*: an episode has one from its start until `ended`, which is said after its environment was closed.
+* *KV*: see `Budget`.
+* *Spare*: a group of G may play G + x episodes. The first G that end with a reward make the group, the others are
+  cancelled. That favours short episodes, and with them whatever answers briefly: an episode counts more the sooner it
+  ends, and a task's long solutions may never be seen. Hence 0 by default; use it only where stragglers are
+  infrastructure's.
 
-* `wait` takes none while what would be left over could not meet its deadlines any more. As "oldest first" leaves over
-  the least for every w, waiting ends when the groups waited for have finished: no token is trained past S, and no group
-  is thrown away for its age.
-* `drop` never waits; a group that was overtaken for too long is refused by `accept` when it finishes.
-
-Under both the bound is enforced once more by `accept`, on the versions that really sampled the tokens.
+Episodes wait in one line, first come first served; a retry goes to its head. New groups are issued only when nobody
+waits. So an episode is overtaken by retries alone (their number is bounded), and a group that is waited for
+(`Staleness.select`) always has its episodes ahead of every newer group's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+import math
+from collections import deque
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypeVar
 
-from envs.errors import nearest
+from rl.staleness import Staleness
 
-Policy = Literal["wait", "drop"]
+Episode = TypeVar("Episode", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Admission:
-    """The limits of a run, and the decisions that follow from them."""
+class Limits:
+    """What a run may use at a time; by default all that `[rollout]` asks for."""
 
-    groups_per_batch: int = 8
-    """B: groups that the learner trains per version."""
-    max_in_flight: int = 64
-    """Most episodes at a time."""
-    max_staleness: int = 1
-    """S: most versions between the oldest token of a group and the learner; 0 is on-policy: generate, train,
-    publish."""
-    policy: Policy = "wait"
-    """What happens to groups that are too slow for the bound: the batch waits for them, or they are dropped."""
+    sandboxes: int = 0
+    """Most episodes with a live sandbox; 0: as many as are in flight. Sandboxes that grade come on top."""
+    kv_tokens: int = 0
+    """KV budget of the engine, tokens; 0: room for all episodes in flight. With less, whole episodes wait, `rollout.deadline`
+    counting on. The torch engine's memory shrinks with it; as that hands out KV by slots of `policy.max_context` tokens, an
+    episode waits before its first turn there, and none is parked later."""
+    spare: int = 0
+    """x: episodes played beyond `rollout.group_size`. Biased towards short episodes, see `rl/admission.py`."""
+    load: float = 1.0
+    """Largest share of asked turns that may wait for the engine; above it, fewer episodes are in flight. 1: never (no
+    AIMD)."""
+    interval: float = 5.0
+    """Seconds between two changes of the number of episodes in flight."""
+    factor: float = 0.5
+    """What that number is multiplied by when the load is too high."""
 
     def __post_init__(self) -> None:
-        for name, least in (("groups_per_batch", 1), ("max_in_flight", 1), ("max_staleness", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"admission.{name}={getattr(self, name)} must be at least {least}")
-        known = get_args(Policy)
-        if self.policy not in known:
+        for name in ("sandboxes", "kv_tokens", "spare"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"admission.{name}={getattr(self, name)} is negative; give at least 0")
+        if not 0 <= self.load <= 1:
+            raise ValueError(f"admission.load={self.load} is a share of the turns; give 0 to 1")
+        if not 0 < self.factor < 1:
             raise ValueError(
-                f"admission.policy={self.policy!r}; one of {', '.join(known)}.{nearest(self.policy, known)}"
+                f"admission.factor={self.factor} lowers no number of episodes; give more than 0, less than 1"
             )
+        if not 0 < self.interval < math.inf:
+            raise ValueError(f"admission.interval={self.interval} is no time to wait; give seconds above 0")
 
-    def capacity(self, engine_version: int, version: int) -> int:
-        """Most groups that may be outstanding while the engines hold `engine_version` and the learner `version`."""
-        return max(0, (engine_version + self.max_staleness - version + 1) * self.groups_per_batch)
+    @property
+    def adaptive(self) -> bool:
+        """Whether load is to be measured at all."""
+        return self.load < 1
 
-    def may_start(self, engine_version: int, in_flight: int, outstanding: int, version: int | None = None) -> bool:
-        """Whether one more group may be issued.
 
-        Args:
-            engine_version: least version that an engine holds; the new group's tokens are of this one or newer.
-            in_flight: episodes being played; a group may start when one slot is free, its other episodes queue for theirs.
-            outstanding: groups issued and neither trained nor dropped: pending, running, done or being trained now.
-            version: the learner's; where it is left out, that of the engines.
-        """
-        if in_flight >= self.max_in_flight:
-            return False
-        return outstanding < self.capacity(engine_version, engine_version if version is None else version)
+@dataclass(frozen=True, kw_only=True)
+class Closed(Generic[Episode]):
+    """A group needs no more episodes."""
 
-    def accept(self, oldest_version: int, version: int) -> Literal["train", "drop:stale"]:
-        """The hard bound: whether a group whose oldest token is of `oldest_version` may be trained by a learner at
-        `version`."""
-        return "train" if version - oldest_version <= self.max_staleness else "drop:stale"
+    drop: str | None
+    """Why it can't be trained; None: it is ready."""
+    cancel: list[Episode]
+    """Its episodes that are still being played, to be ended; they count until `Admission.ended` says that they have."""
 
-    def select(self, ready: Mapping[str, int], running: Mapping[str, int], version: int) -> list[str]:
-        """Ids of the groups to train now: B of them, oldest first, or none: wait.
 
-        Args:
-            ready: finished groups -> oldest version of their tokens. Those that `accept` refuses are never selected.
-            running: groups issued but not finished -> version that the engines held when they were started; for those
-                that are pending (again), the version that the engines hold now.
-            version: the learner's.
-        """
-        fit = {name: v for name, v in ready.items() if self.accept(v, version) == "train"}
-        order = sorted(fit, key=lambda name: fit[name])  # sorted() is stable: ties in the order of `ready`
-        chosen, left = order[: self.groups_per_batch], order[self.groups_per_batch :]
-        if len(chosen) < self.groups_per_batch:
-            return []
-        if self.policy == "wait" and self._starves([fit[n] for n in left], list(running.values()), version):
-            return []
+@dataclass
+class _Open(Generic[Episode]):
+    """A group some of whose episodes are still wanted."""
+
+    version: int
+    """What the engines held when it was issued."""
+    size: int
+    """G."""
+    missing: dict[Episode, None]
+    """Episodes in line or being played; a dict for its order."""
+    oldest: int = -1
+    """Oldest version of a token so far; -1: none."""
+    usable: int = 0
+
+
+class Admission(Generic[Episode]):
+    """The machine beside the loop. Episodes are any hashable names, unique for the run.
+
+    Example (B = 1, two episodes in flight)::
+
+        admission.may_issue()                       → True
+        admission.issue("g0", ["a", "b", "c"])
+        admission.start()                           → ["a", "b"]
+        admission.ended("b", usable=True, oldest=0) → None
+        admission.start()                           → ["c"]
+        …                                             the last one → Closed(drop=None, cancel=[])
+        admission.batch()                           → ["g0"]
+        admission.trained(); admission.published(1)
+    """
+
+    def __init__(self, staleness: Staleness, limits: Limits, *, max_in_flight: int) -> None:
+        if max_in_flight < 1:
+            raise ValueError(f"admission.max_in_flight={max_in_flight} must be at least 1")
+        self.staleness, self.limits, self.max_in_flight = staleness, limits, max_in_flight
+        self.limit = max_in_flight
+        """Episodes in flight that AIMD allows now."""
+        self.version = self.engine = 0
+        self.training = 0
+        """Groups of the batch in the learner."""
+        self._open: dict[str, _Open[Episode]] = {}
+        self._ready: dict[str, int] = {}  # finished group -> its oldest version, in the order of finishing
+        self._line: deque[Episode] = deque()
+        self._playing: set[Episode] = set()
+        self._group: dict[Episode, str] = {}  # of the missing episodes of open groups
+        self._adjusted = -math.inf
+
+    @property
+    def in_flight(self) -> int:
+        """Episodes started and not ended."""
+        return len(self._playing)
+
+    @property
+    def outstanding(self) -> int:
+        """Groups issued and neither trained nor dropped."""
+        return len(self._open) + len(self._ready) + self.training
+
+    @property
+    def room(self) -> int:
+        """How many more episodes may start now; below 0 while a lowered limit is not reached yet."""
+        return min(self.limit, self.limits.sandboxes or self.limit) - len(self._playing)
+
+    # ------------------------------------------------------------------ episodes
+
+    def may_issue(self) -> bool:
+        """Whether a new group may be issued: nobody is in line, one of its episodes could start, staleness allows it."""
+        free = not self._line and self.room > 0
+        return free and self.staleness.may_issue(self.engine, self.version, self.outstanding)
+
+    def issue(self, group: str, episodes: Iterable[Episode]) -> None:
+        """A group begins; `limits.spare` of its episodes are surplus."""
+        missing = dict.fromkeys(episodes)
+        assert group not in self._open and group not in self._ready, f"group {group} was issued already"
+        assert len(missing) > self.limits.spare, f"group {group} has no episode but spare ones"
+        self._open[group] = _Open(self.engine, len(missing) - self.limits.spare, missing)
+        self._group |= dict.fromkeys(missing, group)
+        self.queue(missing)
+
+    def queue(self, episodes: Iterable[Episode]) -> None:
+        """Episodes that are played for no group (evaluation) get in line."""
+        self._line.extend(episodes)
+
+    def start(self) -> list[Episode]:
+        """Decision: these episodes start now."""
+        chosen = [self._line.popleft() for _ in range(min(self.room, len(self._line)))]
+        self._playing.update(chosen)
         return chosen
 
-    def _starves(self, left: list[int], running: list[int], version: int) -> bool:
-        """Whether training now would leave a running group no place before its deadline.
+    def retry(self, episode: Episode, again: Episode) -> None:
+        """An episode ended for no fault of the policy's and is played again, under the name `again`."""
+        self._playing.remove(episode)
+        self._line.appendleft(again)
+        if (name := self._group.pop(episode, None)) is not None:
+            missing = self._open[name].missing
+            del missing[episode]
+            missing[again], self._group[again] = None, name
 
-        `left` and `running` hold versions; deadlines are S later. Training now makes the learner's version v + 1, so
-        deadlines <= w leave (w - v) B places. Groups past their deadline already can't be helped by waiting and don't
-        count.
+    def ended(self, episode: Episode, *, usable: bool = False, oldest: int = -1) -> Closed[Episode] | None:
+        """An episode ended and its sandbox is gone. Returns what that means for its group, if it completes it.
+
+        Args:
+            usable: it has a reward and can be trained on. Fewer than two such make no group: dropped as "infra".
+            oldest: oldest version of its tokens; -1 where none was sampled.
         """
-        for deadline in {v + self.max_staleness for v in running if v + self.max_staleness >= version}:
-            due = sum(version <= v + self.max_staleness <= deadline for v in (*left, *running))
-            if due > (deadline - version) * self.groups_per_batch:
-                return True
-        return False
+        self._playing.remove(episode)
+        name = self._group.pop(episode, None)
+        if name is None:  # of no group, or surplus
+            return None
+        group = self._open[name]
+        del group.missing[episode]
+        group.usable += usable
+        group.oldest = min((v for v in (group.oldest, oldest) if v >= 0), default=-1)
+        return self._close(name, group) if group.usable >= group.size or not group.missing else None
+
+    def _close(self, name: str, group: _Open[Episode]) -> Closed[Episode]:
+        del self._open[name]
+        for episode in group.missing:
+            del self._group[episode]
+        self._line = deque(e for e in self._line if e not in group.missing)
+        drop = "infra" if group.usable < 2 else None
+        if drop is None:
+            self._ready[name] = group.oldest
+        return Closed(drop=drop, cancel=[e for e in group.missing if e in self._playing])
+
+    # ------------------------------------------------------------------ batches and versions
+
+    def stale(self) -> list[str]:
+        """Decision: these finished groups are dropped, too old to be trained."""
+        late = [n for n, oldest in self._ready.items() if self.staleness.accept(oldest, self.version) != "train"]
+        for name in late:
+            del self._ready[name]
+        return late
+
+    def batch(self) -> list[str]:
+        """Decision: the learner, idle, trains these groups now, or waits (none). Ask `stale` first."""
+        assert not self.training, "a batch is being trained"
+        running = {name: group.version for name, group in self._open.items()}
+        chosen = self.staleness.select(self._ready, running, self.version)
+        for name in chosen:
+            del self._ready[name]
+        self.training = len(chosen)
+        return chosen
+
+    def trained(self) -> None:
+        """The learner took the batch: its version rises."""
+        self.training, self.version = 0, self.version + 1
+
+    def published(self, version: int) -> None:
+        """Every engine holds `version` or a newer one."""
+        assert version >= self.engine, f"version {version} is older than the engines' {self.engine}"
+        self.engine = version
+
+    def resume(self, version: int, ready: Mapping[str, int]) -> None:
+        """The run goes on at `version` with these finished groups (and their oldest versions)."""
+        self.version = self.engine = version
+        self._ready = dict(ready)
+
+    # ------------------------------------------------------------------ load
+
+    def measured(self, load: float, now: float) -> None:
+        """`load`: share of asked turns that wait for an engine, 0 to 1. `now`: seconds, never falling."""
+        if not self.limits.adaptive or now - self._adjusted < self.limits.interval:
+            return
+        self._adjusted = now
+        if load > self.limits.load:
+            self.limit = max(1, math.floor(self.limit * self.limits.factor))
+        else:
+            self.limit = min(self.limit + 1, self.max_in_flight)
+
+
+class Turns(NamedTuple):
+    """What an engine does next: first park, then run."""
+
+    park: list[str]
+    """Episodes whose KV is dropped. They go on as their turn in line comes."""
+    run: list[str]
+    """Episodes whose turn is sampled now."""
+
+
+@dataclass
+class _Held:
+    """An episode that an engine knows, from its first `ask` to its `end`."""
+
+    tokens: int = 0
+    """KV it holds; while its turn runs, the most that it can grow to."""
+    asked: int | None = None
+    """It waits for a turn, which may grow to so many tokens."""
+    running: bool = False
+
+
+@dataclass
+class Budget:
+    """The machine beside an engine: which turns run, so that all KV ever held fits into `tokens`.
+
+    An episode keeps its KV between turns. Its age is the order of the first `ask`, and the older one goes first:
+
+    * A turn runs when the most that it can grow to is free, and no older one waits. It is never interrupted.
+    * Where that is not free, episodes younger than it that don't run are parked, the youngest first, and only if that
+      makes room enough. Older ones are never parked for it.
+
+    So sum(tokens of all) <= `tokens` at any time, whatever the turns really sample. No starvation: while an episode waits,
+    no younger one is given a turn; it waits for turns under way and for the ends of older episodes. No deadlock: the
+    oldest of all waits for turns under way only, as each turn alone fits. Unused is at most what the first in line needs.
+    """
+
+    tokens: float
+    """KV that the engine can hold."""
+    page: int = 1
+    """KV is handed out in pieces of so many tokens: blocks, or the torch engine's slots."""
+    _held: dict[str, _Held] = field(default_factory=dict)  # oldest first
+
+    @property
+    def used(self) -> int:
+        """Tokens held or promised."""
+        return sum(held.tokens for held in self._held.values())
+
+    @property
+    def waiting(self) -> int:
+        """Turns asked for that don't run."""
+        return sum(held.asked is not None for held in self._held.values())
+
+    def ask(self, episode: str, most: int) -> None:
+        """An episode wants a turn at whose end it holds at most `most` tokens. ValueError if it can never have it."""
+        pages = -(-most // self.page) * self.page
+        if pages > self.tokens:
+            raise ValueError(
+                f"episode {episode} may grow to {pages} tokens, the KV budget is {self.tokens:g}; raise admission.kv_tokens or "
+                "lower policy.max_context"
+            )
+        held = self._held.setdefault(episode, _Held())
+        if held.running or held.asked is not None:
+            raise ValueError(f"episode {episode!r} is already generating; make its calls one after the other")
+        held.asked = pages
+
+    def done(self, episode: str, tokens: int) -> None:
+        """The episode's turn is over, and it holds `tokens`. Nothing happens for one that has ended meanwhile."""
+        held = self._held.get(episode)
+        if held is not None and held.running:
+            pages = -(-tokens // self.page) * self.page
+            assert pages <= held.tokens, f"episode {episode} holds {pages} tokens and was promised {held.tokens}"
+            held.tokens, held.running = pages, False
+
+    def end(self, episode: str) -> None:
+        """The episode is over; its KV is gone. Unknown ones are fine."""
+        self._held.pop(episode, None)
+
+    def decide(self) -> Turns:
+        """Decision: what is parked and what runs now. Ask after every event."""
+        turns, names, free = Turns([], []), list(self._held), self.tokens - self.used
+        for at, name in enumerate(names):
+            held = self._held[name]
+            if held.asked is None:
+                continue
+            need = held.asked - held.tokens
+            younger = [n for n in reversed(names[at + 1 :]) if self._held[n].tokens and not self._held[n].running]
+            if need > free + sum(self._held[n].tokens for n in younger):
+                break  # and nobody behind it goes first
+            for other in younger:
+                if need <= free:
+                    break
+                free, self._held[other].tokens = free + self._held[other].tokens, 0
+                turns.park.append(other)
+            free -= need
+            held.tokens, held.asked, held.running = held.asked, None, True
+            turns.run.append(name)
+        return turns

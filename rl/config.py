@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from envs.fields import build
+from rl.admission import Limits
 from rl.advantages import Algorithm, algorithm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,6 +145,7 @@ class Config:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     learn: LearnConfig = field(default_factory=LearnConfig)
+    admission: Limits = field(default_factory=Limits)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
@@ -159,6 +161,11 @@ class Config:
         ):
             if value < least:
                 raise ValueError(f"{name}={value} is too small; give at least {least}")
+        if 0 < self.admission.kv_tokens < self.policy.max_context:
+            raise ValueError(
+                f"admission.kv_tokens={self.admission.kv_tokens} holds no episode of policy.max_context={self.policy.max_context} "
+                "tokens; raise it, or give 0"
+            )
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name!r} is no directory name; use letters, digits, - and _")
 

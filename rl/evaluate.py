@@ -25,7 +25,7 @@ class Player:
         if model is not None:
             config = replace(config, policy=replace(config.policy, model=str(model)))
         self.config, mode = config, config.rollout.spawn
-        self.episodes = config.rollout.in_flight
+        self.episodes = min(config.rollout.in_flight, config.admission.sandboxes or config.rollout.in_flight)
         self.engine: Handle = spawn(EnginePart, config, mode=mode, name="engine", concurrency=self.episodes + 8)
         self.workers = [start_worker(config, self.engine, i) for i in range(config.rollout.workers)]
         await_start((self.engine, *self.workers))

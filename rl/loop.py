@@ -7,7 +7,7 @@
 
     stage      consumes        produces        waits for                                unblocked by
     feed       task indices    orders          a free episode slot; the staleness       an episode's end;
-                                               bound (`Admission.may_start`)            a publish
+                                               bound (`Admission.may_issue`)            a publish
     roll out   orders          trajectories    the engine, the sandbox (`worker.py`)    their answers
     batch      trajectories    groups, rows    G trajectories of a group;               an episode's end
                                                `groups_per_step` finished groups
@@ -26,19 +26,20 @@ import random
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from agents.trajectory import Group, Trajectory
 from envs.errors import InfraError
-from rl.admission import Admission
+from rl.admission import Admission, Closed
 from rl.batch import BatchReport, rows_of
 from rl.config import Config
 from rl.parts import Parts
 from rl.record import Record
 from rl.spawn import Handle
+from rl.staleness import Staleness
 from rl.worker import Order
 
 PARITY = 1e-4
@@ -63,16 +64,6 @@ def parity_of(engine: Scores, learner: Scores, version: int) -> float:
 
 
 @dataclass
-class _Open:
-    """A group that is being played."""
-
-    group: Group
-    missing: int
-    version: int
-    """Version of the engine when it was issued."""
-
-
-@dataclass
 class _Evaluation:
     """One evaluation of one split."""
 
@@ -88,24 +79,23 @@ class Loop:
     def __init__(self, config: Config, parts: Parts, record: Record) -> None:
         self.config, self.parts, self.record = config, parts, record
         self.algorithm = config.learn.row()
-        self.admission = Admission(
+        bound = Staleness(
             groups_per_batch=config.learn.groups_per_step,
-            max_in_flight=config.rollout.in_flight,
             max_staleness=self.algorithm.max_staleness,
             policy=config.learn.stale,
         )
+        self.admission = Admission[Order](bound, config.admission, max_in_flight=config.rollout.in_flight)
         self.step = self.version = self.next_task = 0
         self.inbox: queue.SimpleQueue[tuple[Callable[..., None], Any, Future[Any]]] = queue.SimpleQueue()
-        self.orders: deque[Order] = deque()
-        self.open: dict[str, _Open] = {}
-        self.ready: list[Group] = []
+        self.open: dict[str, Group] = {}
+        self.ready: dict[str, Group] = {}
         self.reissue: deque[tuple[str, int]] = deque()
         self.evaluations: dict[str, _Evaluation] = {}
-        self.in_flight = self.infra = self.dropped = 0
+        self.infra = self.dropped = 0
         self.lost = 0  # episodes in a row
         self.due: dict[Future[Trajectory], tuple[float, Handle]] = {}
-        self.training = 0  # groups of the batch in the learner
         self.load = [0] * len(parts.workers)
+        self.measured = -math.inf
         self.learning = False
         self.evaluated: set[int] = set()
         self.probes: list[list[int]] = []
@@ -117,7 +107,8 @@ class Loop:
         journal = self.record.journal
         self.step = self.version = step
         journal.resume(step)
-        self.ready = [journal.load(e.id) for e in journal.entries("done")]
+        self.ready = {e.id: journal.load(e.id) for e in journal.entries("done")}
+        self.admission.resume(step, {name: group.oldest_version for name, group in self.ready.items()})
         self.reissue = deque((e.id, e.task_index) for e in journal.entries("pending"))
         self.next_task = max(0, journal.next_index() - self.config.env.first_task)
         self.evaluated = self.record.evaluated()
@@ -130,6 +121,7 @@ class Loop:
             self.feed()
             self.learn()
             self.expire()
+            self.measure()
             self._handle()
         self.record.checkpoint(self)
 
@@ -151,18 +143,17 @@ class Loop:
     # ------------------------------------------------------------------ feed and roll out
 
     def feed(self) -> None:
-        """Fill the free episode slots: waiting orders first (retries, evaluation, open groups), then new groups."""
-        while self.in_flight < self.config.rollout.in_flight:
-            if not self.orders and not self._open_group():
+        """Start all episodes that may: those in line first (retries, evaluation, open groups), then those of new groups."""
+        while True:
+            for order in self.admission.start():
+                self._send(order)
+            if not self._open_group():
                 return
-            self._send(self.orders.popleft())
 
     def _open_group(self) -> bool:
-        """Issue a new group if training needs one and the staleness bound allows it."""
-        issued = len(self.open) + len(self.ready)
-        needed = (self.config.steps - self.step) * self.config.learn.groups_per_step - self.training
-        outstanding = issued + self.training
-        if issued >= needed or not self.admission.may_start(self.version, self.in_flight, outstanding, self.step):
+        """Issue a new group if training needs one and admission allows it."""
+        needed = (self.config.steps - self.step) * self.config.learn.groups_per_step
+        if self.admission.outstanding >= needed or not self.admission.may_issue():
             return False
         if self.reissue:
             self.issue(*self.reissue.popleft())
@@ -173,24 +164,22 @@ class Loop:
         return True
 
     def issue(self, name: str, index: int) -> None:
-        """Note the start of a group in the journal and queue its orders."""
+        """Note the start of a group in the journal and put its orders in line."""
         self.record.journal.start(name, self.version)
-        size = self.config.rollout.group_size
-        self.open[name] = _Open(Group(name, str(index)), size, self.version)
-        self._queue(name, self.config.env.split, index, size, self.config.policy.temperature)
+        self.open[name] = Group(name, str(index))
+        size = self.config.rollout.group_size + self.config.admission.spare
+        split, temperature = self.config.env.split, self.config.policy.temperature
+        self.admission.issue(name, self._orders(name, split, index, size, temperature))
 
-    def _queue(self, group: str, split: str, index: int, size: int, temperature: float) -> None:
+    def _orders(self, group: str, split: str, index: int, size: int, temperature: float) -> Iterator[Order]:
         for sample in range(size):
             seed = zlib.crc32(f"{self.config.seed}/{group}/{index}/{sample}".encode()) & 0x7FFFFFFF
-            self.orders.append(
-                Order(group=group, split=split, index=index, sample=sample, temperature=temperature, seed=seed)
-            )
+            yield Order(group=group, split=split, index=index, sample=sample, temperature=temperature, seed=seed)
 
     def _send(self, order: Order) -> None:
         at = min(range(len(self.load)), key=self.load.__getitem__)
         worker = self.parts.workers[at]
         self.load[at] += 1
-        self.in_flight += 1
         future = worker.call("play", order)
         self.due[future] = (time.monotonic() + self.deadline, worker)
         self._after(future, self.played, (order, at, worker))
@@ -204,22 +193,37 @@ class Loop:
                 del self.due[future]
                 worker.kill()
 
+    def _cancel(self, order: Order) -> None:
+        self.parts.engine.call("cancel", order.episode)
+
+    def measure(self) -> None:
+        """Ask for the engine's load once per interval, where the number of episodes in flight depends on it."""
+        now, limits = time.monotonic(), self.config.admission
+        if limits.adaptive and now - self.measured >= limits.interval:
+            self.measured = now
+            self._after(
+                self.parts.engine.call("load"), lambda at, load: self.admission.measured(load.result(), at), now
+            )
+
     def _after(self, future: Future[Any], handler: Callable[..., None], context: Any = None) -> None:
         future.add_done_callback(lambda done: self.inbox.put((handler, context, done)))
 
     # ------------------------------------------------------------------ batch
 
     def played(self, context: tuple[Order, int, Any], future: Future[Trajectory]) -> None:
-        """An episode ended: retry it if the infrastructure failed, else put it where it belongs."""
+        """An episode ended: retry it if the infrastructure failed, else put it where it belongs. Surplus belongs nowhere."""
         order, at, worker = context
         self.due.pop(future, None)
         self.load[at] -= 1
-        self.in_flight -= 1
         try:
             trajectory = future.result()
         except InfraError as error:
             trajectory = Trajectory(task_id=str(order.index), sample=order.sample, info={"why": str(error)})
             self.parts.replace(at, worker)
+            self._cancel(order)  # the engine still knows it
+        if order.group not in self.open and order.group not in self.evaluations:
+            self.admission.ended(order)
+            return
         self.lost = self.lost + 1 if trajectory.reward is None else 0
         if trajectory.reward is None:
             self.infra += 1
@@ -228,30 +232,30 @@ class Loop:
                     f"{self.lost} episodes in a row were lost to the infrastructure, the last one so: {trajectory.info.get('why', 'no reason given')}"
                 )
             if order.attempt < self.config.rollout.retries:
-                self.orders.appendleft(replace(order, attempt=order.attempt + 1))
+                self.admission.retry(order, replace(order, attempt=order.attempt + 1))
                 return
+        closed = self.admission.ended(order, usable=trajectory.trainable, oldest=trajectory.oldest_version)
         if order.group in self.evaluations:
             self._evaluated(order.group, trajectory)
             return
-        opened = self.open[order.group]
-        opened.group.trajectories.append(trajectory)
-        opened.missing -= 1
-        if opened.missing == 0:
-            self._finish_group(order.group)
+        self.open[order.group].trajectories.append(trajectory)
+        if closed is not None:
+            self._close(self.open.pop(order.group), closed)
 
-    def _finish_group(self, name: str) -> None:
-        group = self.open.pop(name).group
+    def _close(self, group: Group, closed: Closed[Order]) -> None:
+        for order in closed.cancel:
+            self._cancel(order)
         group.trajectories.sort(key=lambda t: t.sample)
         group.task_id = group.trajectories[0].task_id
-        if sum(t.trainable for t in group.trajectories) < 2:
-            self._drop(group, "infra")
+        if closed.drop is not None:
+            self._drop(group.id, closed.drop)
             return
         self.record.journal.finish(group)
-        self.ready.append(group)
+        self.ready[group.id] = group
 
-    def _drop(self, group: Group, reason: str) -> None:
+    def _drop(self, name: str, reason: str) -> None:
         self.dropped += 1
-        self.record.journal.drop(group.id, reason)
+        self.record.journal.drop(name, reason)
 
     # ------------------------------------------------------------------ learn and publish
 
@@ -259,20 +263,18 @@ class Loop:
         """Hand the learner a batch, if it is idle, the last publish is proven, and enough groups are ready."""
         if self.learning or self.step >= self.config.steps:
             return
-        for group in [g for g in self.ready if self.admission.accept(g.oldest_version, self.version) != "train"]:
-            self.ready.remove(group)
-            self._drop(group, "stale")
-        ready = {g.id: g.oldest_version for g in self.ready}
-        chosen = self.admission.select(ready, {name: o.version for name, o in self.open.items()}, self.version)
+        for name in self.admission.stale():
+            del self.ready[name]
+            self._drop(name, "stale")
+        chosen = self.admission.batch()
         if not chosen:
             return
-        groups = [g for g in self.ready if g.id in chosen]
-        self.ready = [g for g in self.ready if g.id not in chosen]
+        groups = [self.ready.pop(name) for name in list(self.ready) if name in chosen]
         rows, report = rows_of(
             groups, self.algorithm, self.version, vocabulary=self.record.vocabulary, shuffled=self.shuffle
         )
         self.probes = self.probes or [t.segments[0].token_ids for g in groups[:4] for t in g.trajectories[:1]]
-        self.learning, self.training = True, len(groups)
+        self.learning = True
         learner = self.parts.learner
         self._after(learner.call("step", rows), self.trained, (groups, report))
         weights, scores = learner.call("weights"), learner.call("score", self.probes)
@@ -282,7 +284,8 @@ class Loop:
         """The learner took the batch: the journal says so before anything else does."""
         groups, report = context
         step = future.result()
-        self.step, self.training = self.step + 1, 0
+        self.admission.trained()
+        self.step += 1
         self.record.journal.train([group.id for group in groups], self.step)
         self.record.step(self, groups, report, step)
 
@@ -295,6 +298,7 @@ class Loop:
         """The engine samples from the new weights: let it score the probes."""
         version, scores = context
         self.version = future.result()
+        self.admission.published(self.version)
         self._after(self.parts.engine.call("score", self.probes), self.compare, (version, scores))
 
     def compare(self, context: tuple[int, Future[list[list[float]]]], future: Future[list[list[float]]]) -> None:
@@ -320,7 +324,7 @@ class Loop:
             name = f"eval/{split}/{self.step}"
             self.evaluations[name] = _Evaluation(self.step, split, self.config.eval.tasks)
             for index in range(self.config.eval.tasks):
-                self._queue(name, split, index, 1, self.config.eval.temperature)
+                self.admission.queue(self._orders(name, split, index, 1, self.config.eval.temperature))
 
     def _evaluated(self, name: str, trajectory: Trajectory) -> None:
         evaluation = self.evaluations[name]

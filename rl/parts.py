@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -10,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from envs.errors import InfraError
+from rl.admission import Budget
 from rl.config import Config
+from rl.gate import Gate
 from rl.spawn import Handle, spawn
 from rl.worker import RolloutWorker
 
 
 def engine_part(config: Config) -> Any:
-    """The torch engine on the recipe's model; its slots are the episodes in flight."""
+    """The torch engine on the recipe's model; its slots are the episodes in flight, or as many as the KV budget holds."""
     from policy import models
     from policy.torch_engine import EngineConfig, TorchEngine
 
+    fit = config.admission.kv_tokens // config.policy.max_context
     settings = EngineConfig(
-        slots=config.rollout.in_flight,
+        slots=min(config.rollout.in_flight, fit or config.rollout.in_flight),
         max_context=config.policy.max_context,
         threads=config.policy.threads,
         seed=config.seed,
@@ -31,19 +35,28 @@ def engine_part(config: Config) -> Any:
 
 
 class EnginePart:
-    """`TorchEngine` as a part: made where it runs, from the config alone."""
+    """`TorchEngine` behind its gate as a part: made where it runs, from the config alone."""
 
     def __init__(self, config: Config) -> None:
         self.engine = engine_part(config)
+        self.gate = Gate(self.engine, Budget(config.admission.kv_tokens or math.inf, page=config.policy.max_context))
         self.recompute = config.policy.recompute
 
     def generate(self, *args: Any) -> Any:
-        """See `TorchEngine.generate`."""
-        return self.engine.generate(*args)
+        """See `Gate.generate`."""
+        return self.gate.generate(*args)
 
     def release(self, episode: str) -> None:
-        """See `TorchEngine.release`."""
-        self.engine.release(episode)
+        """See `Gate.release`."""
+        self.gate.release(episode)
+
+    def cancel(self, episode: str) -> None:
+        """See `Gate.cancel`."""
+        self.gate.cancel(episode)
+
+    def load(self) -> float:
+        """See `Gate.load`."""
+        return self.gate.load()
 
     def publish(self, version: int, weights: Any) -> int:
         """Swap the weights between two decode steps; returns the version."""
@@ -56,12 +69,12 @@ class EnginePart:
         return scores
 
     def stats(self) -> dict[str, float]:
-        """See `TorchEngine.stats`."""
-        stats: dict[str, float] = self.engine.stats()
-        return stats
+        """See `TorchEngine.stats`; `parked`: episodes whose KV was given up for older ones."""
+        return {**self.engine.stats(), "parked": self.gate.parked}
 
     def close(self) -> None:
-        """End the engine's thread."""
+        """End the engine's thread, and all waiting."""
+        self.gate.close()
         self.engine.close()
 
 

@@ -126,7 +126,7 @@ class Record:
             "parity": parity,
             "infra": loop.infra,
             "dropped_groups": loop.dropped,
-            "in_flight": loop.in_flight,
+            "in_flight": loop.admission.in_flight,
         }
         row["wall"] = round(time.monotonic() - self.began, 3)
         row |= self._busy()
@@ -152,7 +152,7 @@ class Record:
 
     def view(self, loop: Loop) -> None:
         """Nothing ended for a while: show that the run is alive."""
-        self.screen.alive(loop.step, loop.in_flight, len(loop.ready))
+        self.screen.alive(loop.step, loop.admission.in_flight, len(loop.ready))
 
     def checkpoint(self, loop: Loop) -> None:
         """Save the learner's state. The loop waits here: the state must be that of `loop.step`."""

@@ -42,6 +42,8 @@ def test_overrides():
         ("learn.overrides.bound=clips", r"learn: algorithm 'cwm': bound='clips' is none of clip, clip_weight"),
         ("name=a/b", r"name='a/b' is no directory name"),
         ("steps", r"override 'steps' is not of the form"),
+        ("admission.kv_tokens=700", r"kv_tokens=700 holds no episode of policy.max_context=768 tokens; raise it"),
+        ("admission.load=2", r"admission.load=2.0 is a share of the turns"),
         ("steps.x=1", r"'steps' is a value, not a section"),
     ],
 )

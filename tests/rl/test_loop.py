@@ -217,3 +217,62 @@ def test_ctrl_c_keeps_the_update_under_way_and_writes_the_report(scripted, tmp_p
         train.train(config(tmp_path, "checkpoint_every=100"))
     assert (tmp_path / "tiny/checkpoints/step-000001").is_dir()
     assert "<svg" in (tmp_path / "tiny/report.html").read_text()
+
+
+def groups_of(directory):
+    """Trained trajectories by group of their task, from the run's record."""
+    found = {}
+    for path in (directory / "trajectories").iterdir():
+        for line in path.read_text().splitlines():
+            trajectory = Trajectory.from_json(line)
+            found.setdefault(trajectory.task_id, []).append(trajectory.sample)
+    return found
+
+
+def test_spare_episodes_are_played_and_left_out(scripted, tmp_path):
+    """Six start, the first four that end make the group; what the others come to is no failure of the infrastructure."""
+    summary = train.train(config(tmp_path, "admission.spare=2", "eval.every=0"))
+    groups = groups_of(tmp_path / "tiny")
+    assert len(groups) == 4 and all(len(set(samples)) == 4 for samples in groups.values())
+    assert "16 trajectories trained" in summary and "episodes lost to infrastructure: 0" in summary
+
+
+def test_no_more_sandboxes_than_allowed(scripted, tmp_path, monkeypatch):
+    from envs.swe.env import SWEEnv
+
+    live, most = set(), [0]
+
+    def reset(self, **kwargs):
+        found = real_reset(self, **kwargs)  # begins with a `close`
+        live.add(id(self))
+        most[0] = max(most[0], len(live))
+        return found
+
+    def close(self):
+        live.discard(id(self))
+        real_close(self)
+
+    real_reset, real_close = SWEEnv.reset, SWEEnv.close
+    monkeypatch.setattr(SWEEnv, "reset", reset)
+    monkeypatch.setattr(SWEEnv, "close", close)
+    train.train(config(tmp_path, "admission.sandboxes=2"))
+    assert most[0] == 2
+
+
+def test_a_loaded_engine_has_fewer_episodes(scripted, tmp_path, monkeypatch):
+    from rl.loop import Loop
+
+    limits = []
+    real = Loop._send
+    monkeypatch.setattr(ScriptedEngine, "load", lambda self: 1.0, raising=False)
+    monkeypatch.setattr(Loop, "_send", lambda self, order: (limits.append(self.admission.limit), real(self, order)))
+    train.train(config(tmp_path, "admission.load=0.5", "admission.interval=0.01", "steps=1", "eval.every=0"))
+    assert limits[0] == 4 and limits[-1] == 1
+
+
+def test_a_real_engine_with_room_for_two_of_four_episodes(tmp_path):
+    """Nothing scripted: what the model says is graded and trained as ever, two at a time."""
+    summary = train.train(
+        config(tmp_path, "admission.kv_tokens=1600", "steps=1", "eval.every=0", "learn.groups_per_step=1")
+    )
+    assert "4 trajectories trained, token ids asserted on every one" in summary
