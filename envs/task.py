@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
+from uuid import uuid4
 
 from envs.fields import build
 from envs.sandbox.archives import offer
@@ -203,8 +204,9 @@ def save_blobs(task: Task, directory: str | Path) -> None:
     for what, name in task.named.items():
         path = blobs / name
         if not path.exists():
-            path.with_suffix(".partial").write_bytes(task.blob(name, what))
-            path.with_suffix(".partial").rename(path)
+            draft = path.with_name(f"{name}.{uuid4().hex}.partial")
+            draft.write_bytes(task.blob(name, what))
+            draft.rename(path)
 
 
 def save_tasks(tasks: Sequence[Task], directory: str | Path) -> None:

@@ -57,7 +57,8 @@ _NOT_SOURCE_FILES = frozenset(
         "__about__.py",
     ]
 )
-_TEST_PARTS = frozenset(["test", "tests", "testing", "unittests"])
+TEST_PARTS = frozenset(["test", "tests", "testing", "unittests"])
+"""Directories of tests and of what they need."""
 _GENERATED = re.compile(rb"@generated|\bdo not (edit|modify)\b|(auto|automatically |file was |code )generated", re.I)
 
 
@@ -91,7 +92,7 @@ def is_test(path: str) -> bool:
     pure = PurePosixPath(path)
     name = pure.name
     return (
-        not _TEST_PARTS.isdisjoint(pure.parts[:-1])
+        not TEST_PARTS.isdisjoint(pure.parts[:-1])
         or name == "conftest.py"
         or (
             pure.suffix == ".py" and (name in ("test.py", "tests.py") or name[:5] == "test_" or name[-8:] == "_test.py")

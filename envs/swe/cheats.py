@@ -181,7 +181,7 @@ def _stubs(path: str, task: Task) -> bytes:
     """A test file with every expected test in it, which does nothing."""
     lines: dict[str, list[str]] = {}
     for test in {base_id(test): None for test in task.grader.expected}:
-        file, *groups, name = test.split("::")
+        file, *groups, name = test.split("::") if "::" in test else ("", test)
         if file == path:
             lines.setdefault(groups[0] if groups else "", []).append(name)
     text = "".join(f"def {name}():\n    pass\n" for name in lines.pop("", ()))

@@ -7,8 +7,9 @@ explicit verdict for every expected id, an exit status that agrees with them, ev
 passed (`envs/swe/sentinels.py`). Verdicts of pytest are sealed records in a file outside the repository
 (`envs/swe/reporter.py`), those of the tiny family's runner are lines of its output. There is no network.
 
-What stays open: code that, inside the interpreter, takes the reporter's key out of its memory, or patches pytest *and* tells
-sentinels from tests by reading their source or the caller's frame. Such an attempt is not recognised.
+What stays open: code that, inside the interpreter, takes the reporter's key out of its memory, or forges *and* tells
+sentinels from tests by reading their source (a control equals its test's file) or the caller's frame; values that equal
+anything, in tests whose assertions all stand where they may not run (`sentinels.py`). Such an attempt is not recognised.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from envs.env import Outcome
 from envs.errors import InfraError, SandboxDead
 from envs.sandbox.base import Backend, Changes, FileChange, Result, Sandbox
 from envs.swe import reporter
+from envs.swe.candidate import TEST_PARTS
 from envs.swe.sentinels import MOST, Twins, base_id, parameters, twins
 from envs.swe.similarity import diffs, patch_similarity
 from envs.task import Task
@@ -141,11 +143,11 @@ def keep(
 
 
 def guarded(task: Task) -> tuple[set[str], tuple[str, ...]]:
-    """What of the repository is the hidden tests' own: paths, and globs of the `test` and `tests` directories that they lie
-    in, with their helpers and data. No path that a right solution changes is."""
+    """What of the repository is the hidden tests' own: paths, and globs of the `TEST_PARTS` that they lie in, with their
+    helpers and data. No path that a right solution changes is."""
     gold = set(task.grader.gold)
     owned = {test.partition("::")[0] for test in task.grader.expected} | set(task.grader.hidden)
-    parents = {parent for path in owned for parent in PurePosixPath(path).parents if parent.name in ("test", "tests")}
+    parents = {parent for path in owned for parent in PurePosixPath(path).parents if parent.name in TEST_PARTS}
     trees = [str(parent) for parent in parents if not any(path.startswith(f"{parent}/") for path in gold)]
     globs = tuple(re.sub(r"([\[*?])", r"[\1]", tree) + "/*" for tree in sorted(trees))
     return owned - gold, (*task.grader.protected, *globs)
@@ -245,11 +247,13 @@ def _read(sandbox: Sandbox, task: Task, start: Mapping[str, bytes], path: str) -
 
 
 def _twins(task: Task, sources: Mapping[str, bytes], rng: random.Random, most: int) -> Twins:
-    expected, tiny = task.grader.expected, is_tiny(task)
-    wanted = task.grader.fail_to_pass or tuple(test for test, want in expected.items() if want == "pass")
-    if tiny:
-        return twins(sources, expected, rng, most=len(expected), controls=False)
-    return twins(sources, wanted, rng, most=most, without=task.quality.get("untwinned", ()))
+    """Of what must pass now, or of what passes; of the tests beside them where validation has shown which copies to trust."""
+    passing = tuple(test for test, want in task.grader.expected.items() if want == "pass")
+    if is_tiny(task):
+        return twins(sources, passing, rng, most=len(passing))
+    also = passing if "gold" in task.quality else ()
+    wanted = task.grader.fail_to_pass or passing
+    return twins(sources, wanted, rng, most=most, also=also, without=task.quality.get("untwinned", ()))
 
 
 def _run_tiny(

@@ -40,17 +40,14 @@ _PLACE = "/tmp/.evaluation"
 _ENVIRONMENT = " ".join(f"{k}='{v}'" for k, v in (patches.GIT | {"PIP_NO_INDEX": "1"}).items())
 
 
-def instrumented(script: str, control: bool = False) -> str:
-    """The script as it is run: it tells the tests' exit status as SWE-bench has it do, and ends with that status.
-
-    control: the files below `_PLACE/control` are put into the work directory before the tests.
-    """
+def instrumented(script: str) -> str:
+    """The script as it is run: it tells the tests' exit status as SWE-bench has it do, and ends with that status. Before the
+    tests what lies below `_PLACE/late` is put into the work directory, and no trace of that is left there."""
     lines = [line for line in script.split("\n") if not line.startswith(_QUIET)]
     at = next(i for i, line in enumerate(lines) if END in line)
     lines[at : at + 1] = ["CODEWORLD_EXIT=$?", lines[at], f'echo "{EXIT}: $CODEWORLD_EXIT"']
-    if control:
-        start = next(i for i, line in enumerate(lines) if START in line)
-        lines.insert(start, f"cp -R {_PLACE}/control/. .")
+    start = next(i for i, line in enumerate(lines) if START in line)
+    lines.insert(start, f"mkdir -p {_PLACE}/late; cp -R {_PLACE}/late/. .; rm -rf {_PLACE}/late")
     return "\n".join([*lines, 'exit "$CODEWORLD_EXIT"']) + "\n"
 
 
@@ -137,7 +134,7 @@ def _run(
     script: str,
     backend: Backend,
     wanted: Iterable[str] = (),
-    control: Mapping[str, bytes] | None = None,
+    late: Mapping[str, bytes] | None = None,
 ) -> tuple[Result, dict[str, FileChange]]:
     """Run a script on the image with changes; its result, and the files at `wanted` as they were before the changes."""
     limits = replace(task.limits, output_kb=4096)
@@ -146,8 +143,8 @@ def _run(
         hidden = {path: FileChange(data) for path, data in task.files(task.grader.hidden).items()}
         apply(sandbox, task.workdir, {**kept, **hidden})
         sandbox.write(f"{_PLACE}/eval.sh", script.encode())
-        for path, data in (control or {}).items():
-            sandbox.write(f"{_PLACE}/control/{path}", data)
+        for path, data in (late or {}).items():
+            sandbox.write(f"{_PLACE}/late/{path}", data)
         result = sandbox.run(f"{_ENVIRONMENT} bash {_PLACE}/eval.sh 2>&1", timeout=task.grader.seconds)
     if result.cause == "dead":
         raise SandboxDead(f"the grading sandbox of {task.id} died")
@@ -164,7 +161,7 @@ def _forged(task: Task, kept: Mapping[str, FileChange], script: str, report: Rep
     control = control_files(files, task.grader.fail_to_pass)
     if not control:
         return ""
-    result, _ = _run(task, kept, instrumented(script, control=True), backend, control=control)
+    result, _ = _run(task, kept, instrumented(script), backend, late=control)
     if result.cause == "timeout":
         return "the control ran out of time, which the tests did not"
     seen = official(result.text(), fail_to_pass=(), pass_to_pass=(), parser=task.grader.parser).status or {}

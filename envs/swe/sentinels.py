@@ -12,7 +12,8 @@ a test that it forges. Only forms are altered that fail for certain where the or
 
 A sentinel returns behind what is altered, so that whoever makes that hold passes it, whatever would follow.
 
-Nothing behind a `return` is altered, nor in loops, branches, `try` or unknown context managers: they may not run, or swallow.
+Nothing behind a `return` is altered, nor in branches, `try`, unknown context managers or loops but those over a literal that
+is not empty: they may not run, or swallow.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import ast
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -74,28 +76,32 @@ def twins(
     rng: random.Random,
     *,
     most: int = MOST,
-    controls: bool = True,
+    also: Iterable[str] = (),
     without: Sequence[str] = (),
 ) -> Twins:
     """Sentinels and controls of up to `most` of `tests`, drawn by `rng`.
 
-    sources: path → source of the test files. without: tests (no parameters) that must not be copied, as a copy of theirs
-    behaves otherwise. Where no test can be altered, a sentinel of two lines stands for all.
+    sources: path → source of the test files. also: tests of the same files to go on with where those are fewer. without:
+    tests (no parameters) that must not be copied, as a copy of theirs behaves otherwise. Where no test can be altered, a
+    sentinel of two lines stands for all.
     """
     chosen = sorted({base_id(test) for test in tests})
     rng.shuffle(chosen)
+    files = {test.partition("::")[0] for test in chosen}
+    others = sorted({base_id(test) for test in also if test.partition("::")[0] in files} - set(chosen))
+    rng.shuffle(others)
     trees = {path: _tree(data) for path, data in sources.items()}
     edits: dict[str, dict[str, Edit]] = {}
     copied: dict[str, list[str]] = {}
-    for test in chosen:
+    for test in [*chosen, *others]:
         path = test.partition("::")[0]
         data, tree = sources.get(path, b""), trees.get(path)
         found = _function(data, tree, test) if tree and test not in without else None
-        if found is None or sum(map(len, edits.values())) == most:
+        if tree is None or found is None or sum(map(len, edits.values())) == most:
             continue
-        if controls and sum(map(len, copied.values())) < most:
+        if sum(map(len, copied.values())) < most:
             copied.setdefault(path, []).append(test)
-        if edit := _alter(data, *found, rng):
+        if edit := _alter(data, *found, _known(tree), rng):
             edits.setdefault(path, {})[test] = edit
     made = Twins({}, {}, {})
     for path, of in edits.items():
@@ -148,14 +154,16 @@ def _function(data: bytes, tree: ast.Module, test: str) -> tuple[Function, list[
     return found, decorators
 
 
-def _alter(data: bytes, found: Function, decorators: Sequence[ast.expr], rng: random.Random) -> Edit | None:
+def _alter(
+    data: bytes, found: Function, decorators: Sequence[ast.expr], known: Mapping[str, ast.expr], rng: random.Random
+) -> Edit | None:
     """The edit that makes a test fail; None where no trusted one is known."""
     if not all(_DECORATORS.match(ast.unparse(d)) for d in decorators):
         return None
     if any(isinstance(n, ast.Yield | ast.YieldFrom) for n in ast.walk(found)):
         return None
     offsets = _Offsets(data)
-    anchors = list(_anchors(found.body))
+    anchors = list(_anchors(found.body, {**known, **_known(found)}))
     if anchors:
         node, text = rng.choice(anchors)
         return offsets.start(node), offsets.end(node), text.encode()
@@ -196,6 +204,13 @@ def _splice(data: bytes, edits: Iterable[Edit]) -> bytes:
     return data
 
 
+def _leaves(statement: ast.stmt) -> bool:
+    """Whether what follows this statement in its block may not run although the test passes."""
+    if isinstance(statement, ast.For | ast.While | ast.AsyncFor):
+        return _returns([statement])
+    return _returns([statement]) or any(isinstance(node, ast.Break | ast.Continue) for node in ast.walk(statement))
+
+
 def _returns(body: Sequence[ast.stmt]) -> bool:
     """Whether a `return` of this function is in these statements."""
     todo: list[ast.AST] = list(body)
@@ -208,9 +223,43 @@ def _returns(body: Sequence[ast.stmt]) -> bool:
     return False
 
 
-def _anchors(body: Sequence[ast.stmt]) -> Iterator[tuple[ast.AST, str]]:
-    """Nodes that run for certain where the test passes, each with the text that makes it fail instead."""
+def _known(scope: ast.Module | Function) -> dict[str, ast.expr]:
+    """Names that are bound once, by an assignment of the scope itself, and to what."""
+    bound = Counter(
+        name
+        for node in ast.walk(scope)
+        for name in (
+            [node.id] if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
+            else [node.arg] if isinstance(node, ast.arg)
+            else []
+        )
+    )  # fmt: skip
+    return {
+        target.id: node.value
+        for node in scope.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name) and bound[target.id] == 1
+    }
+
+
+def _is_filled(iterable: ast.expr, known: Mapping[str, ast.expr]) -> bool:
+    """Whether something is in it for certain: a literal that is not empty, or a name for one."""
+    if isinstance(iterable, ast.Name):
+        iterable = known.get(iterable.id, iterable)
+    if isinstance(iterable, ast.List | ast.Tuple | ast.Set):
+        return any(not isinstance(element, ast.Starred) for element in iterable.elts)
+    return isinstance(iterable, ast.Constant) and isinstance(iterable.value, str | bytes) and bool(iterable.value)
+
+
+def _anchors(body: Sequence[ast.stmt], known: Mapping[str, ast.expr]) -> Iterator[tuple[ast.AST, str]]:
+    """Nodes that run for certain where the test passes, each with the text that makes it fail instead.
+
+    known: names for what they were bound to.
+    """
     for statement in body:
+        if any(_called(node) == "ANY" for node in ast.walk(statement)):
+            continue  # of `unittest.mock`: equals what stands there instead, too
         if isinstance(statement, ast.Assert):
             yield statement, f"{_other_assert(statement.test)}; return"
         elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
@@ -223,15 +272,21 @@ def _anchors(body: Sequence[ast.stmt]) -> Iterator[tuple[ast.AST, str]]:
                 if isinstance(manager, ast.Call) and _name(manager) in _RAISES and manager.args:
                     yield manager.args[0], "type('Never', (Exception,), {})"
             if all(isinstance(manager, ast.Call) and _name(manager) in _TRANSPARENT for manager in managers):
-                yield from _anchors(statement.body)
-        if _returns([statement]):
+                yield from _anchors(statement.body, known)
+        elif isinstance(statement, ast.For) and _is_filled(statement.iter, known):
+            yield from _anchors(statement.body, known)
+        if _leaves(statement):
             return
+
+
+def _called(node: ast.AST) -> str:
+    """The last part of a name."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
 def _name(call: ast.Call) -> str:
     """The last part of what is called."""
-    function = call.func
-    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return _called(call.func)
 
 
 def _other_call(call: ast.Call) -> ast.Call | None:

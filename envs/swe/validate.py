@@ -28,9 +28,9 @@ from envs.swe.patches import patch_changes
 from envs.swe.sentinels import base_id
 from envs.task import Task, load_tasks, save_tasks
 
-Fault = Literal["", "gold", "flaky", "no-op", "alone", "cheat", "infra"]
+Fault = Literal["", "gold", "flaky", "no-op", "alone", "cheat", "task", "infra"]
 """What is wrong with a task: its gold solution fails, or only now and then; doing nothing resolves it; a test does not fail
-by itself; a cheat pays; or the sandboxes failed, so that nothing is known. "" for nothing."""
+by itself; a cheat pays; it can't be graded at all; or the sandboxes failed, so that nothing is known. "" for nothing."""
 MAX_FLAKY = 0.05
 """Share of the expected tests that may be flaky; more, and the task is refused."""
 
@@ -72,7 +72,7 @@ class _Unsound(ValueError):
 def validate(task: Task, backend: Backend, *, k: int = 3) -> tuple[Task, Finding]:
     """Prove one task; returns it with its `quality` and without its flaky tests. Never raises for what a task does."""
     began, quality = time.monotonic(), dict[str, Any]()
-    fault, why = "", ""
+    fault, why, task = "", "", replace(task, quality={})
     try:
         task = _gold(task, backend, k, quality)
         _no_op(task, backend, k, quality)
@@ -84,6 +84,8 @@ def validate(task: Task, backend: Backend, *, k: int = 3) -> tuple[Task, Finding
         fault, why = "alone", str(error)
     except InfraError as error:
         fault, why = "infra", str(error)
+    except (ValueError, KeyError) as error:
+        fault, why = "task", " ".join(str(error).split())
     finding = Finding(id=task.id, fault=fault, why=why, quality=quality, seconds=time.monotonic() - began)  # type: ignore[arg-type]
     return replace(task, quality=quality | {"valid": finding.ok}), finding
 
@@ -107,7 +109,7 @@ def _gold(task: Task, backend: Backend, k: int, quality: dict[str, Any]) -> Task
     changes = gold_changes(task, backend)
     verdicts: list[Verdict] = []
     if task.grader.kind == "tests":
-        verdict = grade(task, changes, backend, most=len(task.grader.fail_to_pass))
+        verdict = grade(replace(task, quality={"gold": 0}), changes, backend, most=len(task.grader.expected))
         if verdict.suspects:  # a copy of theirs behaves otherwise
             quality["untwinned"] = sorted(verdict.suspects)
             task = replace(task, quality=quality)

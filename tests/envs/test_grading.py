@@ -73,6 +73,15 @@ FORGERIES = {
     "hangs": START + b"\nwhile True:\n    pass\n",
     "patches the runner": START
     + b"\nimport sys\nframe = sys._getframe()\nwhile frame:\n    if 'failed' in frame.f_locals:\n        frame.f_locals['failed'] = 0\n    frame = frame.f_back\n",
+    "passes files by their names": START
+    + b"""
+import os, re, sys
+for file in sys.argv:
+    if file.startswith("tests/"):
+        for test in re.findall(r"def (test\\w+)", open(file).read()):
+            print("PASS" if "hidden" in file else "FAIL", f"{file}::{test}", flush=True)
+os._exit(1)
+""",
     "garbage": b"\x00\xff",
     "empty": b"",
 }
@@ -84,7 +93,7 @@ def test_forgeries_do_not_pay(native, name, monkeypatch):
     verdict = grade(task, {PATH: FileChange(FORGERIES[name])}, native, rng=random.Random(2))
     assert verdict.outcome in ("unresolved", "invalid", "timeout"), name
     assert reward_binary(verdict) == 0.0
-    if name == "equal to anything":
+    if name in ("equal to anything", "passes files by their names"):
         assert verdict.outcome == "invalid"
     if name == "hangs":
         assert verdict.outcome == "timeout"

@@ -37,7 +37,35 @@ def write(root, files):
 
 
 FORMS = '''import asyncio, unittest
+from unittest import mock
 import pytest
+
+TABLE = [(1, 1), (2, 2)]
+EMPTY = []
+
+def test_loop():
+    for a, b in TABLE:
+        if a < b:
+            continue
+        assert a == b
+
+def test_no_loop():
+    for a, b in EMPTY:
+        assert a == b
+
+def test_left_loop():
+    for a in (1, 2):
+        break
+    assert a == 1
+
+def test_skipping_loop():
+    for a in (1, 2):
+        if a:
+            continue
+        assert a == 0
+
+def test_anything():
+    assert mock.ANY == 3
 from unittest import mock
 import os
 
@@ -180,16 +208,23 @@ def test_every_form_fails_and_every_control_passes(tmp_path):
     assert not wrong, text
 
 
-def test_what_follows_does_not_hide_a_forger(tmp_path):
+def test_neither_what_follows_nor_a_loop_hides_a_forger(tmp_path):
     source = """class Any:
     def __eq__(self, other): return True
+TABLE = [(1, 2)]
 def test_a():
     expected = "x"
     assert Any() == expected
     assert Any() == "-" + expected
+def test_b():
+    for a, b in TABLE:
+        assert Any() == b
+def test_c():
+    for b in (1, 2):
+        assert Any() == b
 """
     for seed in range(4):  # whichever assertion is altered
-        made = twins({"test_a.py": source.encode()}, ["test_a.py::test_a"], random.Random(seed))
+        made = twins({"test_a.py": source.encode()}, [f"test_a.py::test_{x}" for x in "abc"], random.Random(seed))
         write(tmp_path / str(seed), made.files)
         assert run(tmp_path / str(seed), list(made.sentinels))[0] == 0
 
