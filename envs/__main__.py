@@ -126,8 +126,8 @@ def _validate_options(commands: Any) -> None:
     p.add_argument("--official", action="store_true", help="rows: run swebench's own command, too")
     p.add_argument("--base", default="codeworld-base", help="rows: image to build on (default: %(default)s)")
     p.add_argument("--backend", default="auto", help="native, docker or auto (default: %(default)s)")
-    p.add_argument("--k", type=int, default=3, help="repetitions (default: %(default)s)")
-    p.add_argument("--jobs", type=int, default=2, help="tasks at once (default: %(default)s)")
+    p.add_argument("--k", type=int, help="task sets: repetitions (default: 3)")
+    p.add_argument("--jobs", type=int, help="task sets: tasks at once (default: 2); rows are graded one by one")
     p.add_argument("--json", metavar="F", help="write the findings to a file as well")
 
 
@@ -267,7 +267,10 @@ def validate(args: Any) -> int:
 
     if bool(args.tasks) == bool(args.rows):
         raise ValueError("validate: give a task set, or --rows FILE with --repos DIR and --out DIR")
-    at_least_one(k=args.k, jobs=args.jobs)
+    given = {name: value for name, value in (("k", args.k), ("jobs", args.jobs)) if value is not None}
+    at_least_one(**given)
+    if args.rows and given:
+        raise ValueError(f"--{next(iter(given))}: rows are built and graded once, one by one; leave it out")
     if args.rows and not (args.repos and args.out):
         raise ValueError(f"--rows {args.rows}: needs --repos DIR and --out DIR, where clones are and where results go")
     backend = make_backend(args.backend)
@@ -299,7 +302,7 @@ def validate_tasks(args: Any, backend: Any) -> list[dict[str, Any]]:
         said = f"{finding.fault}: {finding.why}" if finding.fault else "valid"
         print(f"[{done}/{of}] {finding.id}: {said} ({finding.seconds:.1f} s)", flush=True)
 
-    findings = validate_set(Path(args.tasks), backend, k=args.k, jobs=args.jobs, report=report)
+    findings = validate_set(Path(args.tasks), backend, k=args.k or 3, jobs=args.jobs or 2, report=report)
     print(f"{count(findings)} of {len(findings)} in {args.tasks}")
     return [finding.to_json() for finding in findings]
 

@@ -2,7 +2,8 @@
 
 swebench is no dependency: the first run installs it into a virtual environment in the user's cache (`--no-peers` leaves it
 out). Its time for one instance is the slope between a run of three copies and a run of one, so that the start of its process
-does not count; ours is one call of `grade`. Throughput is of the toy instance, one to four gradings at once.
+does not count; ours is one call of `grade`. Throughput is of the toy instance, one to four gradings at once. With `--rows`
+each of these instances is built and graded by both on its image, gold and no-op, and the seconds saved are told.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from envs.sandbox import BACKENDS, make_backend
 from envs.sandbox.base import Backend
 from envs.sandbox.helper import cache_dir
 from envs.swe.grading import grade
+from envs.swe.rows import validate_rows
 from envs.swe.swe_bench import task_of
 from envs.swe.validate import gold_changes
 from envs.task import Task
@@ -48,13 +50,20 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--repeats", type=int, default=9, help="gradings of ours a median is of (default: %(default)s)")
     p.add_argument("--peer-repeats", type=int, default=3, help="pairs of runs of swebench's (default: %(default)s)")
     p.add_argument("--no-peers", action="store_true", help="ours only; nothing is installed")
+    p.add_argument("--rows", help="real instances, too: SWE-bench rows (a file or hub id), on the native backend")
+    p.add_argument("--repos", help="of --rows: a directory of clones")
+    p.add_argument("--ids", nargs="+", help="of --rows: only these (default: all)")
+    p.add_argument("--out", help="of --rows: where images, logs and records are kept (default: nowhere)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The measurement."""
+    if args.rows and (args.no_peers or not args.repos):
+        raise ValueError(f"--rows {args.rows}: needs --repos DIR, and swebench (no --no-peers)")
     make_image()
     toy = instance()
-    peer = None if args.no_peers else slopes(toy, args.peer_repeats)
+    costs = [] if args.no_peers else [cost(toy) for _ in range(args.peer_repeats)]
+    peer = [seconds for seconds, _ in costs] or None
     rows: list[dict[str, Any]] = []
     for name in args.backend:
         backend = make_backend(name)
@@ -65,6 +74,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             ]
         finally:
             backend.close()
+    if args.rows:
+        rows += real(args, statistics.median(start for _, start in costs))
     return {"rows": rows, "peer": PEER}
 
 
@@ -91,6 +102,31 @@ def single(backend: Backend, task: Task, repeats: int, peer: list[float] | None)
             backend=backend.name,
             times_better=True,
         )
+
+
+def real(args: argparse.Namespace, start: float) -> Iterator[dict[str, Any]]:
+    """Seconds saved on each real instance that both grade as expected. start: seconds of swebench's process, which don't count."""
+    backend = make_backend("native")
+    python = str(installed().with_name("python"))
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            options = {"ids": args.ids, "python": python, "official": True}
+            found = validate_rows(args.rows, args.repos, args.out or name, backend, **options)
+    finally:
+        backend.close()
+    for record in found:
+        for what in ("gold", "no-op") if record["met"] else ():
+            ours, whole = record["seconds"][what], record["seconds"][f"swebench eval, {what}"]
+            spread = f"ours {ours:.1f} s, swebench {whole - start:.1f} s after {start:.1f} s to start"
+            yield row(
+                f"{record['id']}, {what}: seconds saved",
+                whole - start - ours,
+                unit="s",
+                goal=">=12",
+                n=1,
+                spread=spread,
+                backend="native",
+            )
 
 
 def throughput(backend: Backend, task: Task, each: int = 8) -> Iterator[dict[str, Any]]:
@@ -195,10 +231,11 @@ def _as_root(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
 # ---- the peer ----
 
 
-def slopes(toy: dict[str, Any], repeats: int) -> list[float]:
-    """Seconds of swebench for one instance more, each from a run of three copies and a run of one."""
+def cost(toy: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of swebench for one instance more, and of its process without any: of a run of three copies and a run of one."""
     command = installed()
-    return [(evaluate(command, toy, 3) - evaluate(command, toy, 1)) / 2 for _ in range(repeats)]
+    three, one = evaluate(command, toy, 3), evaluate(command, toy, 1)
+    return (three - one) / 2, one - (three - one) / 2
 
 
 def installed() -> Path:

@@ -4,8 +4,8 @@
 
 A candidate is a bug with its repair, made by mutation (`mutate.py`) or found in history (`history.py`). Its task is the
 repository with the bug and without the tests that notice it; those are hidden, and expected to pass, as are other tests of
-the suite, as many as fit in `SUITE_SECONDS`. What became of each candidate is a row of `DIR/ledger.jsonl`, written before
-the next one counts, so that a run that was killed goes on where it stopped: equal arguments give the equal set.
+the suite, as many as fit in a moment (`assemble.py`). What became of each candidate is a row of `DIR/ledger.jsonl`, written
+before the next one counts, so that a run that was killed goes on where it stopped: equal arguments give equal candidates.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typing import Any
 
 from envs.errors import InfraError
 from envs.sandbox.archives import offer
-from envs.sandbox.base import Backend, FileChange, Limits
+from envs.sandbox.base import Backend, FileChange
 from envs.sandbox.capture import Tree
 from envs.sandbox.imagestore import ImageStore
 from envs.swe import discovery, images, sources
+from envs.swe.assemble import chosen, make_task
 from envs.swe.candidate import Candidate, Rejected, is_test
 from envs.swe.discovery import Discovery, Run
 from envs.swe.failures import failures
@@ -35,12 +36,8 @@ from envs.swe.ledger import Ledger
 from envs.swe.sentinels import base_id
 from envs.swe.statement import leaks, statement
 from envs.swe.validate import validate
-from envs.task import Grader, Task, save_blobs, save_tasks, sha256, task_from_json
+from envs.task import Task, load_tasks, save_blobs, save_tasks, sha256, task_from_json
 
-LIMITS = Limits(memory_mb=1024, disk_mb=256, pids=128)
-"""Of a task's sandbox."""
-SUITE_SECONDS = 0.3
-"""Wall clock of the tests of one grading that notice the bug, the quickest first, one at least; and as much of other tests."""
 HANGS = 3.0
 """A suite that takes so many times its own wall clock, or says nothing for so many times that of its slowest test, hangs (ten
 seconds are added to both); a bug that makes it hang is refused."""
@@ -140,28 +137,31 @@ def parse_sources(text: str) -> list[str]:
 def build(
     names: Sequence[str], plan: Plan, out: Path, backend: Backend, *, cache: Path, report: Callable[[str], None] = print
 ) -> Report:
-    """Build and validate the tasks of every source. A source that can't be built is a line of the report.
+    """Build and validate the tasks of every source. A source that can't be built is a line of the report; tasks of it that
+    are known stay.
 
     names: see `sources.fetch`. backend: native, as images are built in it. cache: what is fetched is kept there. Raises
-    `ValueError` for a base that can't be used.
+    `ValueError` for a base that can't be used, and for a name where it is the only one.
     """
     builder = _Builder(plan, out, backend, cache, report)
     done = Report()
     for name in names:
-        fates = builder.source(name)
-        if isinstance(fates, str):
-            done.sources[name] = fates
-            report(f"{name}: {fates}")
-            continue
+        why = ""
+        try:
+            fates = builder.source(name)
+        except (InfraError, ValueError) as error:
+            if len(names) == 1 and not isinstance(error, InfraError | Refused):
+                raise
+            why, fates = str(error), builder.remembered(name)
         tasks = [fate.task for fate in fates if fate.task]
         done.tasks += tasks
         done.fates += fates
         done.refused.update(fate.reason for fate in fates if fate.reason)
-        done.sources[name] = f"{len(tasks)} tasks of {len(fates)} candidates"
+        done.sources[name] = why or f"{len(tasks)} tasks of {len(fates)} candidates"
         save_tasks(done.tasks, out)
         report(f"{name}: {done.sources[name]}")
     save_tasks(done.tasks, out)
-    builder.store.retain({task.base for task in done.tasks} | builder.environments)
+    builder.tidy()
     return done
 
 
@@ -173,22 +173,26 @@ class _Builder:
         self.base = self.store.add_base(plan.base)
         self.ledger = Ledger(out / "ledger.jsonl")
         self.environments: set[str] = {self.base}
-        self.known = {(row["source"], row["candidate"], row["plan"]): row for row in self.ledger.rows()}
+        self.known = {(row["source"], row["candidate"], row["plan"]): row for row in self._rows()}
+        kept = out / "tasks.jsonl"
+        self.before = [task.id for task in load_tasks(out)] if kept.exists() else []
+        issues = f" {sha256(plan.issues.read_bytes())[:12]}" if plan.issues else ""
+        self.plain = f"{plan.maker} {plan.seed} {plan.k}{issues}"
 
-    def source(self, name: str) -> list[Fate] | str:
-        """The fates of the candidates of one source, or why it has none."""
+    def source(self, name: str) -> list[Fate]:
+        """The fates of the candidates of one source. Raises `Refused`, `InfraError` or `ValueError` where it has none."""
         began = time.monotonic()
-        try:
-            source = sources.fetch(name, self.cache)
-            env = images.environment(self.store, self.base, source, self.backend, cache=self.cache)
-            self.environments |= {env.digest, env.installed}
-            self.environments |= set(images.interpreter(self.store, self.base, self.backend, cache=self.cache))
-            found = discovery.discover(self.backend, env.digest)
-        except (Refused, InfraError) as error:
-            return str(error)
+        source = sources.fetch(name, self.cache)
+        if self.plan.maker == "history" and source.repository is None:
+            raise ValueError(f"{source.origin}: it has no history; use --tasks mutate:N, or a git repository")
+        env = images.environment(self.store, self.base, source, self.backend, cache=self.cache)
+        self.environments |= {env.digest, env.installed}
+        self.environments |= set(images.interpreter(self.store, self.base, self.backend, cache=self.cache))
+        found = discovery.discover(self.backend, env.digest)
         tree = images.repository(self.store, env.digest)
+        unstable = f", {len(found.unstable)} are unstable and left out" if found.unstable else ""
         self.report(
-            f"{name}: image {env.digest[7:19]}, {len(found.passing)} tests pass in {found.wall:.1f} s "
+            f"{name}: image {env.digest[7:19]}, {len(found.passing)} tests pass in {found.wall:.1f} s{unstable} "
             f"({time.monotonic() - began:.0f} s)"
         )
         repository = _Repository(source, env, found, tree)
@@ -204,10 +208,7 @@ class _Builder:
             from envs.swe.history import mine
 
             path = repository.source.repository
-            if path is None:
-                raise ValueError(
-                    f"{repository.source.origin}: it has no history; use --tasks mutate:N, or a git repository"
-                )
+            assert path is not None, "checked by source()"
             left: list[Rejected] = []
             for candidate in mine(path, n=self.plan.count * TRIES, issues=self.plan.issues, on_rejected=left.append):
                 yield from left
@@ -237,7 +238,7 @@ class _Builder:
     def _fate(self, name: str, repository: _Repository, candidate: Candidate | Rejected) -> Fate:
         if isinstance(candidate, Rejected):
             return Fate(name, candidate.id, reason=candidate.reason.partition(":")[0], why=candidate.reason)
-        key = f"{self.plan.maker} {self.plan.seed} {self.plan.k} {repository.environment.digest}"
+        key = f"{self.plain} {repository.environment.digest}"
         if (row := self.known.get((name, candidate.id, key))) is not None:
             return self._recall(row)
         began, task, reason, why = time.monotonic(), None, "", ""
@@ -247,14 +248,34 @@ class _Builder:
             if not finding.ok:
                 raise _No(finding.fault, finding.why)
             save_blobs(task, self.out)
-        except (_No, InfraError) as error:
-            reason, why, task = getattr(error, "reason", "infra"), str(error), None
+        except (_No, InfraError, ValueError) as error:
+            other = "infra" if isinstance(error, InfraError) else "unreadable"
+            reason, why, task = getattr(error, "reason", other), " ".join(str(error).split()), None
         fate = Fate(name, candidate.id, task, reason, why, round(time.monotonic() - began, 2))
         row = asdict(replace(fate, task=None)) | {"plan": key, "task": task.to_json() if task else None}
         if reason != "infra":  # it is tried again next time
             self.ledger.append(row)
         self.report(f"  {candidate.id}: {'task' if task else f'{reason}: {why}'} ({fate.seconds:.0f} s)")
         return fate
+
+    def remembered(self, name: str) -> list[Fate]:
+        """The fates that earlier runs of the plan wrote down, with the tasks that the set had before this one."""
+        fates = [
+            self._recall(row)
+            for (source, _, plan), row in self.known.items()
+            if source == name and plan.startswith(f"{self.plain} ")
+        ]
+        fates = [fate for fate in fates if fate.task is None or fate.task.id in self.before]
+        return sorted(fates, key=lambda fate: self.before.index(fate.task.id) if fate.task else -1)
+
+    def tidy(self) -> None:
+        """Forget the images that no task of the ledger stands on."""
+        self.store.retain({row["task"]["base"] for row in self._rows() if row["task"]} | self.environments)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """Rows of the ledger, but of tasks whose image is gone."""
+        images = self.store.images()
+        return (row for row in self.ledger.rows() if not row["task"] or row["task"]["base"] in images)
 
     def _recall(self, row: Mapping[str, Any]) -> Fate:
         from envs.task import BlobStore
@@ -341,69 +362,3 @@ class _Builder:
             if (data := tests.get(path)) is not None:
                 seen[path] = without_tests(data, names)
         return seen
-
-
-def chosen(failing: Sequence[str], kept: Sequence[str], seconds: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Of the failing tests those that a repair has to make pass, and of the kept ones, of the same files first, those that it
-    must not break: the quickest ones that fit.
-
-    seconds: test function → wall clock of its tests; test file → that of collecting it (`Discovery.seconds`).
-    """
-
-    def file(test: str) -> str:
-        return test.partition("::")[0]
-
-    def rank(function: str) -> tuple[bool, float, str, float, str]:
-        path = file(function)
-        return path not in first, seconds.get(path, 0.0), path, seconds.get(function, 0.0), function
-
-    spent, broken = 0.0, set[str]()
-    for function in sorted(
-        {base_id(test) for test in failing}, key=lambda function: (seconds.get(function, 0.0), function)
-    ):
-        spent += seconds.get(function, 0.0)
-        if broken and spent > SUITE_SECONDS:
-            break
-        broken.add(function)
-    first = {file(function) for function in broken}
-    spent, functions, files = 0.0, set(broken), set(first)
-    for function in sorted({base_id(test) for test in kept} - {base_id(test) for test in failing}, key=rank):
-        path = file(function)
-        more = seconds.get(function, 0.0) + (0.0 if path in files else seconds.get(path, 0.0))
-        if spent + more <= SUITE_SECONDS:
-            spent += more
-            functions.add(function)
-            files.add(path)
-    return [t for t in failing if base_id(t) in broken], [t for t in kept if base_id(t) in functions]
-
-
-def make_task(
-    source: sources.Source,
-    candidate: Candidate,
-    text: str,
-    base: str,
-    command: str,
-    kept: Sequence[str],
-    failing: Sequence[str],
-    hidden: Mapping[str, bytes | None],
-) -> Task:
-    """The task of a candidate whose image is made."""
-    contents = [data for data in (*hidden.values(), *candidate.fixed.values()) if data is not None]
-    grader = Grader(
-        command=command,
-        expected=dict.fromkeys(sorted([*failing, *kept]), "pass"),
-        fail_to_pass=tuple(sorted(failing)),
-        hidden={path: None if data is None else sha256(data) for path, data in hidden.items()},
-        gold={path: None if data is None else sha256(data) for path, data in candidate.fixed.items()},
-    )
-    return Task(
-        id=f"{source.name}-{candidate.id}".replace("/", "__"),
-        prompt=text,
-        base=base,
-        workdir=TESTBED,
-        limits=LIMITS,
-        grader=grader,
-        provenance={"source": source.origin, "version": source.version, "commit": candidate.commit or source.commit}
-        | dict(candidate.provenance),
-        blobs={sha256(data): data for data in contents},
-    )

@@ -239,6 +239,9 @@ def format_of(row: Row) -> str:
     return found or ("swe_gym" if "test_patch" in row and row.get("repo") not in REPOSITORIES else "swe_bench")
 
 
+_ID = re.compile(r"\w[\w.+:@-]{0,199}")
+
+
 def load_rows(
     source: str | Path,
     format: str | None = None,  # noqa: A002
@@ -261,6 +264,10 @@ def load_rows(
             if isinstance(row, str):
                 raise ValueError(f"{where}: {row}")
             task = harbor(row, where) if isinstance(row, Path) else FORMATS[format or format_of(row)](row, where)
+            if not _ID.fullmatch(task.id):
+                raise ValueError(
+                    f"{where}: id {task.id!r}; an id names a directory: letters, digits and any of _ - + . : @"
+                )
             if task.id in seen:
                 raise ValueError(f"{where}: {task.id} occurs twice; only the first is taken")
             seen.add(task.id)

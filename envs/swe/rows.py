@@ -51,8 +51,9 @@ def validate_rows(
         official: also run `swebench eval` on the images, in a Docker engine, for gold and no-op.
 
     Rows that can't be a task or built are "refused", those whose sandbox failed "infra", which the next run tries again.
-    A record has id, expected, outcome, met, why (as `python -m envs validate --json`), `seconds` of each part and `peer`:
-    "same", "differs", or "skipped: why". Raises `ValueError` for files that can't be read.
+    A record has id, expected, outcome, met, why (as `python -m envs validate --json`), `seconds` of each part, `peer`:
+    "same", "differs" or "skipped: why", and where asked for `official`: "same", or what else came of it, which is not met.
+    Records of another base or of other checks don't count. Raises `ValueError` for files that can't be read.
     """
     out, wanted = Path(out), set(ids) if ids is not None else None
     found = load_rows(rows, "swe_bench", report)
@@ -60,7 +61,8 @@ def validate_rows(
         raise ValueError(f"{rows}: no row {', '.join(sorted(missing))}; see the ids in it")
     (out / "logs").mkdir(parents=True, exist_ok=True)
     results = out / "results.jsonl"
-    done = {record["id"]: record for record in _read(results)}
+    asked = [base, python, official]
+    done = {record["id"]: record for record in _read(results) if record.get("asked") == asked}
     store, builder = ImageStore(out / "images"), _Builder(Path(repos), out, backend, base)
     offer(store.directory)
     tasks = {row.id for row in found if isinstance(row, Task)}
@@ -74,6 +76,7 @@ def validate_rows(
                 done[name] = _refused(name, row.why)
             else:
                 done[name] = _validated(row, builder, backend, out, python, official)
+            done[name]["asked"] = asked
             if done[name]["outcome"] != "infra":  # else it is tried again by the next run
                 with results.open("a") as file:
                     file.write(json.dumps(done[name]) + "\n")
@@ -192,27 +195,28 @@ def _validated(
     record["why"] = "; ".join(wrong)
     record["image"] = task.base
     if official:
-        lap("grader")
-        record["official"] = _command_line(
-            task, {name: report.resolved for name, (_, report) in made.items()}, out, python
-        )
-        lap("swebench eval")
-    record["met"] = record["outcome"] == EXPECTED and "differs" not in (record["peer"], record.get("official"))
+        found = {name: report.resolved for name, (_, report) in made.items()}
+        record["official"] = _command_line(task, found, out, python, seconds)
+        if record["official"] != "same":
+            record["why"] = "; ".join([*wrong, f"swebench eval: {record['official']}"])
+    agreed = record["peer"] != "differs" and record.get("official", "same") == "same"
+    record["met"] = record["outcome"] == EXPECTED and agreed
     return record
 
 
-def _command_line(task: Task, ours: Mapping[str, bool], out: Path, python: str) -> str:
-    """Whether `swebench eval` says of gold and of nothing what the official rule says here."""
+def _command_line(task: Task, ours: Mapping[str, bool], out: Path, python: str, seconds: dict[str, float]) -> str:
+    """Whether `swebench eval` says of gold and of nothing what the official rule says here; what it took goes into `seconds`."""
     tried = {"gold": task.blob(task.grader.gold_patch, "gold patch").decode(), "no-op": peer.NOTHING}
     for name, patch in tried.items():
         prediction = swe_bench.Prediction(instance_id=task.id, model_patch=patch, model_name_or_path=name)
-        place = out / "official" / f"{task.id}.{name}"
+        place, began = out / "official" / f"{task.id}.{name}", time.monotonic()
         try:
             word = peer.official_eval(
                 [task], [prediction], python=python, seconds=task.grader.seconds, directory=place
             )[task.id]
         except (ValueError, InfraError, subprocess.TimeoutExpired) as error:
             return f"skipped: {' '.join(str(error).split())[:150]}"
+        seconds[f"swebench eval, {name}"] = round(time.monotonic() - began, 2)
         if word.startswith("error"):
             return word
         if (word == "resolved") != ours[name]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ import pytest
 from envs.__main__ import main
 from envs.sandbox import make_backend
 from envs.sandbox.base import FileChange
-from envs.swe.build import chosen, parse_plan, parse_sources
+from envs.swe import assemble
+from envs.swe.assemble import chosen
+from envs.swe.build import parse_plan, parse_sources
 from envs.swe.grading import grade
 from envs.swe.ledger import Ledger
-from envs.swe.validate import count, gold_changes, validate_set
+from envs.swe.validate import count, gold_changes, validate, validate_set
 from envs.task import load_tasks
 from tests.envs.gitrepo import commit, git
 from tests.envs.wheelhouse import TESTING, rewheel
@@ -151,6 +154,26 @@ def test_a_second_run_decides_nothing_again(built, shop):
     assert time.monotonic() - began < 60
 
 
+def test_a_set_shrinks_and_grows_and_survives_a_source_that_fails(built, shop, native, tmp_path, capsys):
+    subprocess.run(["cp", "-r", f"{built}/.", tmp_path], check=True)
+
+    def again(sources, count):
+        assert main(["build", "--from", sources, "--tasks", f"mutate:{count}", "--out", str(tmp_path)]) == 0
+        return load_tasks(tmp_path)
+
+    assert len(again(str(shop), 1)) == 1
+    whole = again(f"./nowhere,{shop}", 2)
+    assert whole == load_tasks(built) and "./nowhere: './nowhere': no such directory" in capsys.readouterr().out
+    for task in whole:
+        with native.create(base=task.base, workdir=task.workdir) as box:
+            assert box.read("shop.py") != SHOP
+    (shop / ".git").rename(shop / "gone")
+    try:
+        assert again(f"./nowhere,{shop}", 2) == whole
+    finally:
+        (shop / "gone").rename(shop / ".git")
+
+
 @pytest.mark.slow
 def test_a_killed_build_goes_on(built, shop, tmp_path):
     command = [
@@ -207,6 +230,17 @@ def test_validation_finds_what_is_wrong_with_a_task(built, native, tmp_path):
     assert [finding.ok for finding in validate_set(tmp_path, native, k=1)] == [True]
 
 
+def test_a_task_can_be_proved_again_and_what_can_not_be_graded_is_named(built, native):
+    task = load_tasks(built)[0]
+    first, finding = validate(replace(task, quality={"untwinned": list(task.grader.expected)}), native, k=1)
+    assert finding.ok and "untwinned" not in first.quality and validate(first, native, k=1)[1].ok
+    odd = replace(task, grader=replace(task.grader, command="make test"))
+    assert (validate(odd, native, k=1)[1].fault, validate(replace(task, blobs={}), native, k=1)[1].fault) == (
+        "task",
+        "task",
+    )
+
+
 def test_sources_and_plans_as_they_are_written() -> None:
     assert parse_sources("pypi:a,b-c,./d,pypi:e") == ["pypi:a", "pypi:b-c", "./d", "pypi:e"]
     assert parse_plan("history:7") == ("history", 7)
@@ -217,7 +251,8 @@ def test_sources_and_plans_as_they_are_written() -> None:
         parse_sources(",")
 
 
-def test_the_quickest_tests_are_expected_while_they_fit():
+def test_the_quickest_tests_are_expected_while_they_fit(monkeypatch):
+    monkeypatch.setattr(assemble, "SUITE_SECONDS", 0.41)
     failing = ["a.py::slow[1]", "a.py::slow[2]", "d.py::slower", "a.py::slow3"]
     kept = [
         "a.py::long",
