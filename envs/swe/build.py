@@ -190,7 +190,7 @@ class _Builder:
         self.environments |= set(images.interpreter(self.store, self.base, self.backend, cache=self.cache))
         found = discovery.discover(self.backend, env.digest)
         tree = images.repository(self.store, env.digest)
-        unstable = f", {len(found.unstable)} are unstable and left out" if found.unstable else ""
+        unstable = self._quarantine(name, env.digest, found.unstable)
         self.report(
             f"{name}: image {env.digest[7:19]}, {len(found.passing)} tests pass in {found.wall:.1f} s{unstable} "
             f"({time.monotonic() - began:.0f} s)"
@@ -202,6 +202,14 @@ class _Builder:
             if sum(f.task is not None for f in fates) == self.plan.count:
                 break
         return fates
+
+    def _quarantine(self, name: str, image: str, tests: Sequence[str]) -> str:
+        """Write down which tests don't end alike each time; words for the report."""
+        row = {"source": name, "image": image, "fault": "flaky", "tests": list(tests)}
+        ledger = Ledger(self.out / "quarantine.jsonl")
+        if tests and row not in ledger.rows():
+            ledger.append(row)
+        return f", {len(tests)} flaky left out" if tests else ""
 
     def _candidates(self, repository: _Repository) -> Iterator[Candidate | Rejected]:
         if self.plan.maker == "history":

@@ -27,7 +27,7 @@ class Ledger:
                 yield row
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row; it is on disk when this returns."""
+        """Write one row; a kill of this process does not lose it."""
         self.extend([row])
 
     def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:

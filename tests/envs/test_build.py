@@ -16,7 +16,7 @@ from envs.sandbox import make_backend
 from envs.sandbox.base import FileChange
 from envs.swe import assemble
 from envs.swe.assemble import chosen
-from envs.swe.build import parse_plan, parse_sources
+from envs.swe.build import _Builder, parse_plan, parse_sources
 from envs.swe.grading import grade
 from envs.swe.ledger import Ledger
 from envs.swe.validate import count, gold_changes, validate, validate_set
@@ -239,6 +239,15 @@ def test_a_task_can_be_proved_again_and_what_can_not_be_graded_is_named(built, n
         "task",
         "task",
     )
+
+
+def test_flaky_tests_of_a_suite_are_written_down_once(tmp_path):
+    builder = object.__new__(_Builder)
+    builder.out = tmp_path
+    for _ in range(2):
+        assert builder._quarantine("pypi:a", "sha256:0", ["t.py::a"]) == ", 1 flaky left out"
+    assert builder._quarantine("pypi:b", "sha256:0", []) == ""
+    assert [row["tests"] for row in Ledger(tmp_path / "quarantine.jsonl").rows()] == [["t.py::a"]]
 
 
 def test_sources_and_plans_as_they_are_written() -> None:
