@@ -13,6 +13,8 @@ from envs.task import Grader, Task, sha256
 
 LIMITS = Limits(memory_mb=1024, disk_mb=256, pids=128)
 """Of a task's sandbox."""
+SECONDS = 30.0
+"""Wall clock after which a grading hangs; it takes one to two seconds."""
 SUITE_SECONDS = 0.3
 """Wall clock of the tests of one grading that notice the bug, the quickest first, one at least; and as much of other tests."""
 
@@ -66,6 +68,7 @@ def make_task(
     grader = Grader(
         command=command,
         expected=dict.fromkeys(sorted([*failing, *kept]), "pass"),
+        seconds=SECONDS,
         fail_to_pass=tuple(sorted(failing)),
         hidden={path: None if data is None else sha256(data) for path, data in hidden.items()},
         gold={path: None if data is None else sha256(data) for path, data in candidate.fixed.items()},
