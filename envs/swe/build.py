@@ -41,6 +41,8 @@ from envs.task import Task, load_tasks, save_blobs, save_tasks, sha256, task_fro
 HANGS = 3.0
 """A suite that takes so many times its own wall clock, or says nothing for so many times that of its slowest test, hangs (ten
 seconds are added to both); a bug that makes it hang is refused."""
+MOST_SECONDS = 5.0
+"""Wall clock of the quickest test that notices a bug, with or without it; each grading would wait for it."""
 MOST_FAILING = 20
 """Test functions that notice a bug; a candidate that more of them notice breaks the package as a whole."""
 TRIES = 6
@@ -312,7 +314,12 @@ class _Builder:
             raise _No("broad", f"{len(failing)} tests fail with the bug, {len(kept)} pass")
         tests = {path: entry.data for path, entry in tree.items() if is_test(path)} | dict(candidate.tests)
         seen = self._visible(candidate, tree, tests, failing)
+        seconds = {
+            name: max(seconds.get(name, 0.0), before.seconds.get(name, 0.0)) for name in {*seconds, *before.seconds}
+        }
         failing, kept = chosen(failing, kept, seconds)
+        if (slow := seconds.get(base_id(failing[0]), 0.0)) > MOST_SECONDS:
+            raise _No("slow", f"{failing[0]}, the quickest that fails, takes {slow:.0f} s")
         text = candidate.statement or self._statement(repository, candidate, before, failing, tests)
         hidden = {test.partition("::")[0] for test in failing} | set(candidate.tests)
         base = images.task_image(self.store, image, tree, {**candidate.broken, **seen})
