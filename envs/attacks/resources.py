@@ -205,6 +205,7 @@ def background(stage: Stage) -> str:
     nap, box = new_nap(), stage.box()
     result = box.run(f"sleep {nap} & (setsid sleep {nap} &); echo now", timeout=QUICK)
     check(result.ok and result.text() == "now\n" and result.wall < GRACE, f"{result.wall:.1f} s: {summary(result)}")
+    eventually(lambda: len(naps(nap)) == 2, GRACE)  # the jobs have begun; another kernel's are not seen
     box.kill_all()
     _gone(nap, "after kill_all")
     stage.works(box)
