@@ -137,6 +137,7 @@ def test_resume_after(how, tmp_path):
             stdout=handle,
             stderr=handle,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
         )
     wait_for(log, "step 3/30", process)
     os.killpg(process.pid, how)  # driver, raylet and actors at once, as a terminal does
