@@ -241,6 +241,28 @@ def test_a_task_can_be_proved_again_and_what_can_not_be_graded_is_named(built, n
     )
 
 
+def test_a_bug_that_takes_long_to_notice_is_no_task(offline, shop, tmp_path, monkeypatch):
+    monkeypatch.setattr("envs.swe.build.MOST_SECONDS", -1.0)
+    assert (
+        main(
+            [
+                "build",
+                "--from",
+                str(shop),
+                "--tasks",
+                "mutate:1",
+                "--out",
+                str(tmp_path / "t"),
+                "--json",
+                str(tmp_path / "j"),
+            ]
+        )
+        == 1
+    )
+    outcomes = {row["outcome"] for row in json.loads((tmp_path / "j").read_text())["tasks"]}
+    assert "slow" in outcomes and "task" not in outcomes
+
+
 def test_flaky_tests_of_a_suite_are_written_down_once(tmp_path):
     builder = object.__new__(_Builder)
     builder.out = tmp_path

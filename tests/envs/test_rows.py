@@ -113,6 +113,28 @@ def test_a_sandbox_that_fails_is_tried_again(native, tmp_path, image, monkeypatc
     assert [(r["id"], r["met"]) for r in run()] == [("me__add-1", True), ("row 2 me__add-1", False)]
 
 
+def test_swebench_must_really_agree_and_ids_are_directory_names(native, tmp_path, image, monkeypatch):
+    outside = {**ROW, "instance_id": "../outside"}
+    (tmp_path / "rows.json").write_text(json.dumps([{**row, "image": image} for row in (ROW, outside)]))
+
+    def run(official, word=""):
+        monkeypatch.setattr(rows, "_command_line", lambda *_: word)
+        return rows.validate_rows(
+            tmp_path / "rows.json",
+            tmp_path,
+            tmp_path / "out",
+            native,
+            python="/bin/false",
+            official=official,
+            report=lambda _: None,
+        )
+
+    record, refused = run(True, "error: no word")
+    assert not record["met"] and "swebench eval: error: no word" in record["why"]
+    assert refused["outcome"] == "refused" and "an id names a directory" in refused["why"]
+    assert run(False)[0]["met"]  # asked for less: what the other run found does not count
+
+
 def test_what_can_not_be_built_is_a_line(native, tmp_path):
     classic = {**{k: v for k, v in ROW.items() if k != "eval_script"}, "repo": "pallets/flask", "base_commit": "0" * 40}
     classic["test_patch"] = (

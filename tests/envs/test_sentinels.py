@@ -229,6 +229,15 @@ def test_c():
         assert run(tmp_path / str(seed), list(made.sentinels))[0] == 0
 
 
+def test_tests_beside_those_that_must_pass_fill_up_what_is_left():
+    a, b = b"def test_a(): assert 1\ndef test_b(): assert 1\ndef test_c(): assert 1\n", b"def test_d(): assert 1\n"
+    also = ["t/a.py::test_b", "t/a.py::test_c", "t/b.py::test_d"]
+    made = twins({"t/a.py": a, "t/b.py": b}, ["t/a.py::test_a"], random.Random(0), most=2, also=also)
+    assert "t/a.py::test_a" in made.sentinels.values() and len(made.sentinels) == len(made.controls) == 2
+    whole = twins({"t/a.py": a, "t/b.py": b}, ["t/a.py::test_a"], random.Random(0), also=also)
+    assert set(whole.sentinels.values()) == {"t/a.py::test_a", "t/a.py::test_b", "t/a.py::test_c"}
+
+
 def test_it_is_another_draw_each_time():
     path, seen = "tests/test_forms.py", set()
     tests = list(collected(ast.parse(FORMS), path))
