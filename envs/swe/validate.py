@@ -109,6 +109,7 @@ def _gold(task: Task, backend: Backend, k: int, quality: dict[str, Any]) -> Task
     changes = gold_changes(task, backend)
     verdicts: list[Verdict] = []
     if task.grader.kind == "tests":
+        # every test is copied, those beside the failing ones too, as they are in tasks that say "gold"
         verdict = grade(replace(task, quality={"gold": 0}), changes, backend, most=len(task.grader.expected))
         if verdict.suspects:  # a copy of theirs behaves otherwise
             quality["untwinned"] = sorted(verdict.suspects)
