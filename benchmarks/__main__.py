@@ -11,7 +11,9 @@ from typing import Any
 
 from envs.errors import check_output, user_errors
 
-SYSTEMS = ("admission", "attacker", "grading", "learner", "learning", "sandbox", "selfcheck", "soak", "staleness")
+SYSTEMS = (
+    "admission", "attacker", "grading", "learner", "learning", "resume", "sandbox", "selfcheck", "soak", "staleness",
+)  # fmt: skip
 EXAMPLE = """
 examples:
   python -m benchmarks systems learning --seeds 3 --json learning.json
@@ -22,6 +24,7 @@ examples:
   python -m benchmarks systems learner --json learner.json
   python -m benchmarks systems selfcheck --backend native --json selfcheck.json
   python -m benchmarks systems soak --live 500 --episodes 200 --json soak.json
+  python -m benchmarks systems resume --json resume.json
   python -m benchmarks systems staleness --seeds 3 --json staleness.json --figure staleness.svg
   python -m benchmarks systems sandbox --quick --no-peers
 """

@@ -18,6 +18,9 @@ from envs.fields import build
 from rl.admission import Limits
 from rl.advantages import Algorithm, algorithm
 
+FORMAT = 1
+"""Rises whenever a recipe of before would mean something else."""
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -134,6 +137,13 @@ class Config:
     steps: int
     """Batches to train on."""
     seed: int = 0
+    deterministic: bool = False
+    """The final weights depend on the recipe alone: one episode at a time, on-policy, evaluations between batches. Killed and
+    resumed, a run ends with bitwise those of an uninterrupted one, as long as no deadline of a tool or an episode strikes."""
+    format: int = FORMAT
+    """Of the recipe; one that another codeworld wrote or reads is refused."""
+    restarts: int = 2
+    """So often a run that lost its engine or learner goes on by itself from its last checkpoint; then it stops."""
     runs: str = "runs"
     """Where run directories are made; relative to the current directory."""
     checkpoint_every: int = 10
@@ -158,6 +168,7 @@ class Config:
             ("learn.groups_per_step", self.learn.groups_per_step, 1),
             ("eval.tasks", self.eval.tasks, 1),
             ("eval.every", self.eval.every, 0),
+            ("restarts", self.restarts, 0),
         ):
             if value < least:
                 raise ValueError(f"{name}={value} is too small; give at least {least}")
@@ -166,8 +177,25 @@ class Config:
                 f"admission.kv_tokens={self.admission.kv_tokens} holds no episode of policy.max_context={self.policy.max_context} "
                 "tokens; raise it, or give 0"
             )
+        if self.deterministic:
+            self._refuse_chance()
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name!r} is no directory name; use letters, digits, - and _")
+
+    def _refuse_chance(self) -> None:
+        """What contradicts `deterministic`, in one line with all remedies."""
+        wanted = [
+            ("rollout.in_flight", self.rollout.in_flight, 1, "--rollout.workers=1 --rollout.episodes=1"),
+            ("learn.max_staleness", self.learn.row().max_staleness, 0, "--learn.max_staleness=0"),
+            ("policy.threads", self.policy.threads, 1, "--policy.threads=1"),
+            ("learn.threads", self.learn.threads, 1, "--learn.threads=1"),
+        ]
+        wrong = [(f"{name}={value}", remedy) for name, value, want, remedy in wanted if value != want]
+        if wrong:
+            names, remedies = zip(*wrong, strict=True)
+            raise ValueError(
+                f"deterministic=true, but with {', '.join(names)} weights depend on time; give {' '.join(remedies)}"
+            )
 
     @property
     def directory(self) -> Path:
@@ -191,6 +219,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {path} is not TOML: {error}; repair that line") from None
+    if raw.get("format", FORMAT) != FORMAT:
+        raise ValueError(
+            f"recipe {path} has format={raw['format']!r}, this codeworld reads {FORMAT}; run it with the codeworld that it was "
+            "written for, or write it anew by rl/config.py"
+        )
     own = raw.get("env", {})
     if any(o.startswith("env.id=") and o != f"env.id={own.get('id')}" for o in overrides):
         own.pop("kwargs", None)  # they are another environment's

@@ -259,7 +259,10 @@ class Learner:
     def save(self, directory: Path) -> None:
         """Write weights, optimiser, counters and random state into `directory` (torch.distributed.checkpoint
         shards)."""
-        state_dict_saver.save(self._state(), checkpoint_id=directory, no_dist=True)
+        try:
+            state_dict_saver.save(self._state(), checkpoint_id=directory, no_dist=True)
+        except CheckpointException as error:  # no Exception
+            raise OSError(f"{directory} can't be written: {_cause(error)}") from error
 
     def load(self, directory: Path) -> None:
         """The inverse of `save`: the next `step` gives bitwise the weights that an uninterrupted run would have.
@@ -270,10 +273,8 @@ class Learner:
         try:
             state_dict_loader.load(state, checkpoint_id=directory, no_dist=True)
         except (CheckpointException, OSError) as error:
-            first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-            cause = (" ".join(str(first).split()) or type(first).__name__)[:300]
             raise ValueError(
-                f"checkpoint {directory}: the learner's state does not fit this model, or can't be read ({cause});"
+                f"checkpoint {directory}: the learner's state does not fit this model, or can't be read ({_cause(error)});"
                 " resume with the model it was made with, or from another checkpoint"
             ) from error
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -286,6 +287,12 @@ class Learner:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         counters = {"version": self.version, "updates": self.updates, "random": self.random.getstate()}
         return {"model": model, "optimizer": optimizer, "counters": counters}
+
+
+def _cause(error: BaseException) -> str:
+    """In one line, what the first rank failed for."""
+    first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    return (" ".join(str(first).split()) or type(first).__name__)[:300]
 
 
 def _optimizer(model: torch.nn.Module, config: LearnerConfig) -> torch.optim.AdamW:

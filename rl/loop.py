@@ -100,7 +100,6 @@ class Loop:
         self.evaluated: set[int] = set()
         self.probes: list[list[int]] = []
         self.deadline = config.rollout.deadline if config.rollout.spawn == "ray" else math.inf
-        self.shuffle = random.Random(config.seed) if config.learn.control == "shuffle" else None
 
     def resume(self, step: int) -> None:
         """Go on after `step`: finished groups are used, unfinished ones are played again under their old names."""
@@ -172,6 +171,8 @@ class Loop:
         self.admission.issue(name, self._orders(name, split, index, size, temperature))
 
     def _orders(self, group: str, split: str, index: int, size: int, temperature: float) -> Iterator[Order]:
+        """One order for each sample. The seed is that of the sample, not of the try: what is played again after a failure or
+        a kill is the same draw, or long episodes, which are hit most, would be redrawn and become rare."""
         for sample in range(size):
             seed = zlib.crc32(f"{self.config.seed}/{group}/{index}/{sample}".encode()) & 0x7FFFFFFF
             yield Order(group=group, split=split, index=index, sample=sample, temperature=temperature, seed=seed)
@@ -227,6 +228,7 @@ class Loop:
         self.lost = self.lost + 1 if trajectory.reward is None else 0
         if trajectory.reward is None:
             self.infra += 1
+            self._after(self.parts.engine.call("check"), self.checked)
             if self.lost > LOST_ROUNDS * self.config.rollout.in_flight + 16:
                 raise InfraError(
                     f"{self.lost} episodes in a row were lost to the infrastructure, the last one so: {trajectory.info.get('why', 'no reason given')}"
@@ -241,6 +243,10 @@ class Loop:
         self.open[order.group].trajectories.append(trajectory)
         if closed is not None:
             self._close(self.open.pop(order.group), closed)
+
+    def checked(self, _: None, future: Future[None]) -> None:
+        """An episode was lost. Was it the engine? Then the run ends here, before all others are lost, too."""
+        future.result()
 
     def _close(self, group: Group, closed: Closed[Order]) -> None:
         for order in closed.cancel:
@@ -261,7 +267,7 @@ class Loop:
 
     def learn(self) -> None:
         """Hand the learner a batch, if it is idle, the last publish is proven, and enough groups are ready."""
-        if self.learning or self.step >= self.config.steps:
+        if self.learning or self.step >= self.config.steps or (self.config.deterministic and self.evaluations):
             return
         for name in self.admission.stale():
             del self.ready[name]
@@ -270,8 +276,9 @@ class Loop:
         if not chosen:
             return
         groups = [self.ready.pop(name) for name in list(self.ready) if name in chosen]
+        shuffled = random.Random(f"{self.config.seed}/{self.step}") if self.config.learn.control == "shuffle" else None
         rows, report = rows_of(
-            groups, self.algorithm, self.version, vocabulary=self.record.vocabulary, shuffled=self.shuffle
+            groups, self.algorithm, self.version, vocabulary=self.record.vocabulary, shuffled=shuffled
         )
         self.probes = self.probes or [t.segments[0].token_ids for g in groups[:4] for t in g.trajectories[:1]]
         self.learning = True
@@ -307,17 +314,17 @@ class Loop:
         parity = parity_of(future.result(), scores.result(), version)
         self.learning = False
         self.record.parity(self, parity)
-        done = self.step == self.config.steps
-        if done or (self.config.eval.every and self.step % self.config.eval.every == 0):
-            self.evaluate()
-        if not done and self.step % self.config.checkpoint_every == 0:
+        self.evaluate()
+        if self.step < self.config.steps and self.step % self.config.checkpoint_every == 0:
             self.record.checkpoint(self)
 
     # ------------------------------------------------------------------ evaluation
 
     def evaluate(self) -> None:
-        """Queue one episode of each held-out task; training goes on meanwhile."""
-        if not self.config.eval.every or self.step in self.evaluated:
+        """Where an evaluation is due, queue one episode of each held-out task; training goes on meanwhile."""
+        every = self.config.eval.every
+        due = every and (self.step % every == 0 or self.step == self.config.steps)
+        if not due or self.step in self.evaluated:
             return
         self.evaluated.add(self.step)
         for split in self.config.eval.splits:

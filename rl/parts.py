@@ -2,36 +2,94 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from envs.errors import InfraError
+from policy.renderer import Renderer
 from rl.admission import Budget
 from rl.config import Config
 from rl.gate import Gate
 from rl.spawn import Handle, spawn
 from rl.worker import RolloutWorker
 
+if TYPE_CHECKING:
+    from policy.torch_engine import EngineConfig
+    from rl.learner import LearnerConfig
 
-def engine_part(config: Config) -> Any:
-    """The torch engine on the recipe's model; its slots are the episodes in flight, or as many as the KV budget holds."""
-    from policy import models
-    from policy.torch_engine import EngineConfig, TorchEngine
+
+PADDING = 1024
+"""Most rows that an embedding may have beyond its tokenizer: vocabularies are padded to multiples of up to 512."""
+
+
+def check_model(config: Config) -> None:
+    """`ValueError` where the model directory, its tokenizer and the recipe don't fit together."""
+    vocabulary = Renderer(config.model).vocab_size
+    path = config.model / "config.json"
+    try:
+        model = json.loads(path.read_text())
+        rows, positions = int(model["vocab_size"]), int(model["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"model {path} can't be read ({error}); give a directory in Hugging Face format") from None
+    if not vocabulary <= rows <= vocabulary + PADDING:
+        raise ValueError(
+            f"model {config.model} has vocab_size={rows}, its tokenizer.json {vocabulary} tokens; give the tokenizer that the "
+            "model was made with"
+        )
+    if config.policy.max_context > positions:
+        raise ValueError(
+            f"policy.max_context={config.policy.max_context} is more than the {positions} positions of model {config.model}; "
+            "lower it"
+        )
+
+
+def engine_settings(config: Config) -> EngineConfig:
+    """The torch engine's: its slots are the episodes in flight, or as many as the KV budget holds."""
+    from policy.torch_engine import EngineConfig
 
     fit = config.admission.kv_tokens // config.policy.max_context
-    settings = EngineConfig(
+    return EngineConfig(
         slots=min(config.rollout.in_flight, fit or config.rollout.in_flight),
         max_context=config.policy.max_context,
         threads=config.policy.threads,
         seed=config.seed,
         deadline_s=config.rollout.deadline if config.rollout.spawn == "ray" else 1e9,
     )
-    return TorchEngine(models.load(config.model), settings)
+
+
+def learner_settings(config: Config) -> LearnerConfig:
+    """The learner's."""
+    from rl.learner import LearnerConfig
+
+    learn = config.learn
+    return LearnerConfig(
+        algorithm=learn.algorithm,
+        overrides=dict(learn.overrides),
+        lr=learn.lr,
+        warmup_steps=learn.warmup_steps,
+        decay_updates=config.steps * learn.minibatches if learn.schedule == "linear" else 0,
+        weight_decay=learn.weight_decay,
+        grad_clip=learn.grad_clip,
+        minibatches=learn.minibatches,
+        context=config.policy.max_context,
+        max_tokens=learn.max_tokens,
+        threads=learn.threads,
+        seed=config.seed,
+    )
+
+
+def engine_part(config: Config) -> Any:
+    """The torch engine on the recipe's model."""
+    from policy import models
+    from policy.torch_engine import TorchEngine
+
+    return TorchEngine(models.load(config.model), engine_settings(config))
 
 
 class EnginePart:
@@ -58,6 +116,10 @@ class EnginePart:
         """See `Gate.load`."""
         return self.gate.load()
 
+    def check(self) -> None:
+        """`InfraError` where the engine can't answer any more."""
+        self.engine.score([[0]])
+
     def publish(self, version: int, weights: Any) -> int:
         """Swap the weights between two decode steps; returns the version."""
         self.engine.publish(version, weights, self.recompute)
@@ -82,25 +144,10 @@ class LearnerPart:
     """`Learner` as a part, with a ledger of what it does."""
 
     def __init__(self, config: Config) -> None:
-        from rl.learner import Learner, LearnerConfig
+        from rl.learner import Learner
         from rl.ledger import Ledger
 
-        learn = config.learn
-        settings = LearnerConfig(
-            algorithm=learn.algorithm,
-            overrides=dict(learn.overrides),
-            lr=learn.lr,
-            warmup_steps=learn.warmup_steps,
-            decay_updates=config.steps * learn.minibatches if learn.schedule == "linear" else 0,
-            weight_decay=learn.weight_decay,
-            grad_clip=learn.grad_clip,
-            minibatches=learn.minibatches,
-            context=config.policy.max_context,
-            max_tokens=learn.max_tokens,
-            threads=learn.threads,
-            seed=config.seed,
-        )
-        self.learner = Learner(settings, config.model)
+        self.learner = Learner(learner_settings(config), config.model)
         self.ledger = Ledger(["idle", "train", "publish", "checkpoint"])
 
     def step(self, rows: Any) -> dict[str, Any]:

@@ -14,11 +14,15 @@ The loop decides; this file only writes, counts and shows. A run directory is lo
 
 from __future__ import annotations
 
+import errno
+import shutil
+import sqlite3
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from envs.errors import InfraError
 from policy.renderer import Renderer
 from rl import checkpoint
 from rl.batch import BatchReport
@@ -30,9 +34,29 @@ from rl.parts import Parts
 from rl.report import write_report
 from rl.view import View
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 if TYPE_CHECKING:
     from agents.trajectory import Group
     from rl.loop import Loop, _Evaluation
+
+
+def full_disk(error: BaseException, directory: Path) -> InfraError | None:
+    """What to say where the run failed because its disk is full, which may show as any error; None where it isn't."""
+    seen: BaseException | None = error
+    full = False
+    while seen is not None and not full:
+        full = getattr(seen, "errno", None) in _FULL or getattr(seen, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+        seen = seen.__cause__ or seen.__context__
+    probe = directory / "probe"
+    try:
+        probe.write_bytes(bytes(checkpoint.PROBE))
+    except OSError as failed:
+        full = full or failed.errno in _FULL
+    finally:
+        probe.unlink(missing_ok=True)
+    free = shutil.disk_usage(directory if directory.exists() else "/").free / 1e6
+    return InfraError(f"the disk of {directory} is full ({free:.1f} MB free): make room there") if full else None
 
 
 class Record:
@@ -69,7 +93,9 @@ class Record:
         self.before: dict[str, Any] = (
             next((r for r in reversed(read(metrics)) if r["kind"] == "step"), {}) if metrics.exists() else {}
         )
-        (self.directory / "recipe.toml").write_text(dump(self.config))
+        aside = self.directory / "recipe.tmp"  # one rename, as a kill may come at any time
+        aside.write_text(dump(self.config))
+        aside.rename(self.directory / "recipe.toml")
         self.sink = self._held.enter_context(closing(Sink(self.directory, behind=self.surviving_step)))
         self._last: dict[str, dict[str, float]] = {}
         self._row: dict[str, Any] = {}

@@ -4,7 +4,7 @@
     engine.call("publish", 3, weights)        → concurrent.futures.Future
     engine.ask("generate", ids, sampling, episode, timeout=60)   → the answer
 
-The parts are plain classes that know nothing of this. A part that died, or whose answer is late, is `InfraError`.
+The parts are plain classes that know nothing of this. A part that died, or whose answer is late, is `PartGone`.
 """
 
 from __future__ import annotations
@@ -22,19 +22,23 @@ from rl.config import ROOT
 Mode = Literal["ray", "threads"]
 
 
+class PartGone(InfraError):
+    """A part of the loop died, or its answer is late."""
+
+
 class Handle(Protocol):
     """A part of the loop, wherever it runs. Handles of Ray actors may be given to other actors."""
 
     name: str
 
     def call(self, method: str, *args: Any) -> Future[Any]:
-        """Start a method call; the future holds its answer, its exception, or `InfraError` if the part died."""
+        """Start a method call; the future holds its answer, its exception, or `PartGone`."""
 
     def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
         """Call and wait."""
 
     def kill(self) -> None:
-        """End the part's process at once, without asking it; its calls end in `InfraError`. Threads can't be killed."""
+        """End the part's process at once, without asking it; its calls end in `PartGone`. Threads can't be killed."""
 
     def stop(self) -> None:
         """End the part; running calls are lost."""
@@ -113,13 +117,13 @@ class RayHandle:
 
 
 def _translate(name: str, error: BaseException) -> BaseException:
-    """Ray's wrappers → the exception that the part raised, or `InfraError` where the part itself is gone or late."""
+    """Ray's wrappers → the exception that the part raised, or `PartGone`."""
     import ray.exceptions as rx
 
     if isinstance(error, rx.RayTaskError):
         return error.cause if isinstance(error.cause, InfraError | ValueError | AssertionError) else error
     if isinstance(error, rx.RayActorError | rx.GetTimeoutError | FutureTimeout):
-        return InfraError(f"{name} is gone or late: {type(error).__name__}")
+        return PartGone(f"{name} is gone or late: {type(error).__name__}")
     return error
 
 

@@ -79,11 +79,13 @@ def again(recipe: Path, overrides: list[str]) -> Config:
 
 
 def check(config: Config) -> None:
-    """Fail in one line, before any process starts, for what can be known here: env, splits, backend, model."""
+    """Fail in one line, before any process starts, for what can be known here: env, splits, backend, model, settings."""
     from envs.registration import make
-    from policy.renderer import Renderer
+    from rl.parts import check_model, engine_settings, learner_settings
 
-    Renderer(config.model)
+    check_model(config)
+    engine_settings(config)
+    learner_settings(config)
     env = make(config.env.id, **config.env.kwargs)
     try:
         backend = getattr(env, "backend", None)
@@ -96,7 +98,23 @@ def check(config: Config) -> None:
 
 
 def train(config: Config, *, resume: bool = False) -> str:
-    """One run, start to end; returns its summary. What it had finished survives any failure (`--resume`)."""
+    """One run, start to end; returns its summary. What it had finished survives any failure (`--resume`).
+
+    Raises `InfraError` for what the world did, a full disk included; `PartGone` where engine or learner died.
+    """
+    from rl.record import full_disk
+
+    try:
+        return _train(config, resume)
+    except (ValueError, InfraError):
+        raise
+    except Exception as error:
+        if (full := full_disk(error, config.directory)) is None:
+            raise
+        raise full from error
+
+
+def _train(config: Config, resume: bool) -> str:
     from rl import spawn
     from rl.loop import Loop
     from rl.parts import Parts
@@ -140,6 +158,21 @@ def restore(loop: Loop, parts: Parts, record: Record) -> None:
     print(f"resumed at step {record.surviving_step}: {record.journal.counts()}", flush=True)
 
 
+def persist(config: Config, *, resume: bool) -> str:
+    """`train`, which goes on from the last checkpoint where engine or learner died, up to `config.restarts` times."""
+    from rl.spawn import PartGone
+
+    for left in reversed(range(config.restarts + 1)):
+        try:
+            return train(config, resume=resume)
+        except PartGone as error:
+            if not left:
+                raise
+            print(f"{error}: on from the last checkpoint; this may happen {left - 1} times more", flush=True)
+            resume = (config.directory / "journal.sqlite").exists()
+    raise AssertionError("restarts is at least 0")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     config, args = configure(sys.argv[1:] if argv is None else argv)
@@ -149,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     check(config)
     print(f"run directory: {config.directory}", flush=True)
     try:
-        print(train(config, resume=args.resume), flush=True)
+        print(persist(config, resume=args.resume), flush=True)
     except InfraError as error:
         print(f"error: the run stopped: {error}; go on with --resume", file=sys.stderr)
         return 1

@@ -44,6 +44,10 @@ def test_overrides():
         ("steps", r"override 'steps' is not of the form"),
         ("admission.kv_tokens=700", r"kv_tokens=700 holds no episode of policy.max_context=768 tokens; raise it"),
         ("admission.load=2", r"admission.load=2.0 is a share of the turns"),
+        (
+            "deterministic=true",
+            r"rollout.in_flight=96, learn.max_staleness=2 weights depend on time; give --rollout.wor",
+        ),
         ("steps.x=1", r"'steps' is a value, not a section"),
     ],
 )
