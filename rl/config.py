@@ -166,6 +166,7 @@ class Config:
             ("rollout.episodes", self.rollout.episodes, 1),
             ("rollout.group_size", self.rollout.group_size, 2),
             ("learn.groups_per_step", self.learn.groups_per_step, 1),
+            ("learn.max_staleness", self.learn.row().max_staleness, 0),
             ("eval.tasks", self.eval.tasks, 1),
             ("eval.every", self.eval.every, 0),
             ("restarts", self.restarts, 0),
@@ -219,16 +220,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {path} is not TOML: {error}; repair that line") from None
-    if raw.get("format", FORMAT) != FORMAT:
-        raise ValueError(
-            f"recipe {path} has format={raw['format']!r}, this codeworld reads {FORMAT}; run it with the codeworld that it was "
-            "written for, or write it anew by rl/config.py"
-        )
     own = raw.get("env", {})
     if any(o.startswith("env.id=") and o != f"env.id={own.get('id')}" for o in overrides):
         own.pop("kwargs", None)  # they are another environment's
     for override in overrides:
         _apply(raw, override)
+    if raw.get("format", FORMAT) != FORMAT:
+        raise ValueError(
+            f"recipe {path} has format={raw['format']!r}, this codeworld reads {FORMAT}; run it with the codeworld that it was "
+            "written for, or write it anew by rl/config.py"
+        )
     return build(Config, {"name": path.stem, **raw}, str(path))
 
 

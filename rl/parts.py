@@ -30,13 +30,19 @@ PADDING = 1024
 
 def check_model(config: Config) -> None:
     """`ValueError` where the model directory, its tokenizer and the recipe don't fit together."""
+    from safetensors import SafetensorError, safe_open
+
     vocabulary = Renderer(config.model).vocab_size
     path = config.model / "config.json"
     try:
         model = json.loads(path.read_text())
         rows, positions = int(model["vocab_size"]), int(model["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"model {path} can't be read ({error}); give a directory in Hugging Face format") from None
+        for path in config.model.glob("model*.safetensors"):
+            safe_open(path, "pt")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(
+            f"model {path} can't be read ({error}); copy or save it again, in Hugging Face format"
+        ) from None
     if not vocabulary <= rows <= vocabulary + PADDING:
         raise ValueError(
             f"model {config.model} has vocab_size={rows}, its tokenizer.json {vocabulary} tokens; give the tokenizer that the "

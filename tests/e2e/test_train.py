@@ -97,6 +97,8 @@ def test_trajectories_are_exact_tokens(run):
 def test_parity_and_ledger_are_in_the_record(run):
     directory, _ = run
     assert all(0 <= r["parity"] <= 1e-4 for r in rows(directory, "step"))
+    first, second = (r["mismatch_kl"] for r in rows(directory, "step"))
+    assert abs(first) < 1e-6 < second, "the first batch is of the very weights that train on it, the second is older"
     (end,) = rows(directory, "end")
     assert set(end["ledgers"]) == {"engine", "episodes", "learner"}
     for part, labels in end["ledgers"].items():

@@ -45,6 +45,11 @@ def test_overrides():
         ("admission.kv_tokens=700", r"kv_tokens=700 holds no episode of policy.max_context=768 tokens; raise it"),
         ("admission.load=2", r"admission.load=2.0 is a share of the turns"),
         (
+            "format=2",
+            r"tiny.toml has format=2, this codeworld reads 1; run it with the codeworld that it was written for",
+        ),
+        ("restarts=-1", r"restarts=-1 is too small; give at least 0"),
+        (
             "deterministic=true",
             r"rollout.in_flight=96, learn.max_staleness=2 weights depend on time; give --rollout.wor",
         ),
