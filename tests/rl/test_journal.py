@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -148,6 +149,28 @@ def test_retry_counts_attempts(journal: Journal) -> None:
         journal.retry("g", "sandbox died")
     (entry,) = journal.entries("pending")
     assert (entry.attempts, entry.reason, entry.issued_version) == (3, "sandbox died", 3)
+
+
+def test_a_rejected_group_keeps_its_solve_rate(journal: Journal) -> None:
+    to(journal, "g", "running")
+    journal.reject(group("g"), "window")
+    (entry,) = journal.entries("dropped")
+    assert (entry.reason, entry.solved, entry.graded) == ("window", 2, 2)
+    with pytest.raises(AssertionError, match="has no trajectories"):
+        journal.load("g")
+
+
+def test_a_journal_of_before_the_curriculum_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    to(Journal(path), "g7", "done", index=7)
+    with sqlite3.connect(path) as old:
+        for column in ("source", "stage", "solved", "graded"):
+            old.execute(f"ALTER TABLE groups DROP COLUMN {column}")
+    old.close()
+    again = Journal(path)
+    (entry,) = again.entries()
+    assert (entry.id, entry.task_index, entry.source, entry.stage, entry.graded) == ("g7", 7, "env", 0, 0)
+    assert again.load("g7") == group("g7")
 
 
 def test_many_threads(journal: Journal) -> None:
