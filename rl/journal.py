@@ -238,11 +238,6 @@ class Journal:
         with self._lock:
             return dict(self._db.execute("SELECT state, COUNT(*) FROM groups GROUP BY state").fetchall())
 
-    def next_index(self) -> int:
-        """The first task index that no group has been issued for."""
-        with self._lock:
-            return int(self._db.execute("SELECT COALESCE(MAX(task_index) + 1, 0) FROM groups").fetchone()[0])
-
     # ------------------------------------------------------------------ inside
 
     def _state(self, group: str) -> str | None:

@@ -163,9 +163,8 @@ class Loop:
             return True
         pick = self.curriculum.next(self.step)
         if pick is None:  # what is under way may still make a batch
-            if not (
-                self.open or self.learning or self.evaluations or len(self.ready) >= self.config.learn.groups_per_step
-            ):
+            batch = len(self.ready) >= self.config.learn.groups_per_step
+            if not (batch or self.open or self.learning or self.evaluations):
                 raise Exhausted(self.curriculum.none_left(self.step))
             return False
         split = self.config.sources[pick.source].split

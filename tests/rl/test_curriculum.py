@@ -5,6 +5,7 @@ from collections import Counter
 from fractions import Fraction
 from math import ceil, floor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from envs.tiny import repairs
 from rl.config import ROOT, Config, dump, load
 from rl.curriculum import PATIENCE, Curriculum, curriculum, fair, read_rates
 from rl.journal import Journal
+from rl.loop import Loop
 
 MIXED = """
 name = "mixed"
@@ -67,6 +69,16 @@ def test_one_environment_is_fed_as_it_was():
     picks = [machine.next(0) for _ in range(3)]
     assert [(p.group, p.source, p.index, p.stage) for p in picks] == [
         (f"g{i}", "env", i, 0) for i in (1_000_000, 1_000_001, 1_000_002)
+    ]
+
+
+def test_the_seeds_of_orders_depend_on_run_group_and_sample():
+    """CRC-32 of "0/g1000000/1000000/0" and so on, 31 bits: a run of before is the same run now."""
+    tiny = load(ROOT / "rl/recipes/tiny.toml")
+    orders = list(Loop._orders(SimpleNamespace(config=tiny), Curriculum(tiny).next(0), "train", 2, 1.0))
+    assert [(o.seed, o.episode) for o in orders] == [
+        (1786429952, "g1000000/1000000/0.0"),
+        (494793366, "g1000000/1000000/1.0"),
     ]
 
 
