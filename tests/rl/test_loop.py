@@ -204,15 +204,18 @@ def test_a_run_goes_on_with_its_own_recipe_and_counts_as_one(scripted, tmp_path,
     assert "16 trajectories trained" in (tmp_path / "tiny/report.html").read_text()
 
 
+def ctrl_c_behind(real):
+    def method(self, *args):
+        real(self, *args)
+        raise KeyboardInterrupt
+
+    return method
+
+
 def test_ctrl_c_keeps_the_update_under_way_and_writes_the_report(scripted, tmp_path, monkeypatch):
     from rl.loop import Loop
 
-    def publish(self, scores, future):
-        real(self, scores, future)
-        raise KeyboardInterrupt
-
-    real = Loop.publish
-    monkeypatch.setattr(Loop, "publish", publish)
+    monkeypatch.setattr(Loop, "publish", ctrl_c_behind(Loop.publish))
     with pytest.raises(KeyboardInterrupt):
         train.train(config(tmp_path, "checkpoint_every=100"))
     assert (tmp_path / "tiny/checkpoints/step-000001").is_dir()
@@ -309,6 +312,21 @@ def test_sources_are_mixed_and_stages_change_the_mixture(scripted, tmp_path):
     kept = sorted(p.name for p in (tmp_path / "tiny/evaluations").iterdir())
     assert kept == [f"{source}.validation-00000{step}.jsonl" for source in "ab" for step in (0, 2)]
     assert "Solve rate by source of tasks" in (tmp_path / "tiny/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_an_interrupted_mixture_goes_on_as_it_would_have(scripted, tmp_path, monkeypatch):
+    from rl.loop import Loop
+
+    more = (*MIXED, "eval.every=0", "steps=3", "envs.b.window=[0.3, 1.0]")
+    train.main(arguments(tmp_path, *more, "name=whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "publish", ctrl_c_behind(Loop.publish))
+        with pytest.raises(KeyboardInterrupt):
+            train.main(arguments(tmp_path, *more, "name=torn"))
+    train.main([*arguments(tmp_path, *more, "name=torn"), "--resume"])
+    whole, torn = ([(e.id, e.source, e.stage) for e in rows_of(tmp_path / name)[1]] for name in ("whole", "torn"))
+    assert whole == torn and {stage for *_, stage in whole} == {0, 1}
 
 
 def test_groups_outside_of_the_window_are_replaced(scripted, tmp_path):
