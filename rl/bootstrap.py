@@ -52,13 +52,14 @@ def bootstrap(config: Config, rounds: int, epochs: float) -> list[tuple[str, Sol
         this = replace(config, runs=str(home), name=f"round-{number}", policy=policy)
         run, model = this.directory, this.directory / "sft"
         if not (run / "model" / "tokenizer.json").is_file():
+            print(f"{this.name}: reinforcement learning in {run}", flush=True)
             print(train(this, resume=(run / "journal.sqlite").is_file()), flush=True)
         if not model.is_dir():
             draft = run / "sft.partial"
-            print(f"round {number}: {imitate(run, config.model, draft, sft, run)}", flush=True)
+            print(f"{this.name}: {imitate(run, config.model, draft, sft, run)}", flush=True)
             draft.rename(model)
         for phase, made in (("rl", run / "model"), ("sft", model)):
-            name = f"round-{number}-{phase}"
+            name = f"{this.name}-{phase}"
             table.append((name, _once(home / f"{name}.json", partial(solve, config, made))))
     return table
 
@@ -72,6 +73,7 @@ def _same(kept: Path, recipe: str) -> None:
 
 def _once(path: Path, make: Callable[[], Any]) -> Any:
     if not path.is_file():
+        print(f"{path.stem}: playing held-out tasks", flush=True)
         draft = path.with_suffix(".partial")
         draft.write_text(json.dumps(make()))
         draft.rename(path)

@@ -291,23 +291,23 @@ def rows_of(directory):
 
 
 MIXED = [
-    "env={}", "learn.groups_per_step=3", "learn.max_staleness=0", "envs.a.weight=2", "envs.b.first_task=50",
+    "env={}", "rollout.group_size=2", "learn.groups_per_step=3", "learn.max_staleness=0", "envs.a.weight=2", "envs.b.first_task=50",
     *(f'envs.{n}.kwargs={{tasks = "tiny-repairs", reward = "binary", context_lines = 0}}' for n in "ab"),
-    "stages=[{step = 1, rollout.group_size = 6, envs.b.weight = 4, envs.b.max_turns = 2}]",
+    "stages=[{step = 1, rollout.group_size = 4, envs.b.weight = 4, envs.b.max_turns = 2}]",
 ]  # fmt: skip
 
 
 def test_sources_are_mixed_and_stages_change_the_mixture(scripted, tmp_path):
-    """Two steps of three groups: 2 of a and 1 of b, then 1 of a and 2 of b in groups of six, those of b cut after two turns."""
+    """Two steps of three groups: 2 of a and 1 of b, then 1 of a and 2 of b in groups of four, those of b cut after two turns."""
     train.train(config(tmp_path, *MIXED, "eval.every=2", "eval.tasks=1"))
     rows, entries = rows_of(tmp_path / "tiny")
     assert [row["source_groups"] for row in rows] == [{"a": 2, "b": 1}, {"a": 1, "b": 2}]
     assert [(e.id, e.stage) for e in entries if e.source == "b"] == [("g50.b", 0), ("g51.b", 1), ("g52.b", 1)]
     second = (tmp_path / "tiny/trajectories/step-000002.jsonl").read_text().splitlines()
     cut = {b: [t for t in map(Trajectory.from_json, second) if ("/5" in t.task_id) is b] for b in (True, False)}
-    assert (len(cut[True]), len(cut[False])) == (12, 6)
+    assert (len(cut[True]), len(cut[False])) == (8, 4)
     assert {(t.turns, t.stop) for t in cut[True]} == {(2, "turn_limit")} and {t.turns for t in cut[False]} == {3}
-    solved = sum(t.outcome == "resolved" for t in cut[True]) / 12
+    solved = sum(t.outcome == "resolved" for t in cut[True]) / 8
     assert rows[1]["source_solve"]["b"] == rows[1]["source_reward"]["b"] == solved > 0
     kept = sorted(p.name for p in (tmp_path / "tiny/evaluations").iterdir())
     assert kept == [f"{source}.validation-00000{step}.jsonl" for source in "ab" for step in (0, 2)]
@@ -330,18 +330,18 @@ def test_an_interrupted_mixture_goes_on_as_it_would_have(scripted, tmp_path, mon
 
 
 def test_groups_outside_of_the_window_are_replaced(scripted, tmp_path):
-    train.train(config(tmp_path, "env.window=[0.3, 0.8]", "eval.every=0", "steps=3"))
+    train.train(config(tmp_path, "env.window=[0.3, 0.8]", "eval.every=0", "steps=2"))
     rows, entries = rows_of(tmp_path / "tiny")
     inside = {e.state for e in entries if e.graded and 0.3 <= e.solved / e.graded <= 0.8}
     outside = [(e.state, e.reason) for e in entries if e.graded and not 0.3 <= e.solved / e.graded <= 0.8]
     assert inside <= {"trained", "done"} and set(outside) == {("dropped", "window")}
-    assert [e.trained_step for e in entries if e.trained_step].count(3) == 2
+    assert [e.trained_step for e in entries if e.trained_step].count(2) == 2
     assert 0 < rows[-1]["outside"]["env"] <= len(outside) and rows[-1]["dropped_groups"] <= len(outside)
 
 
 def test_no_task_left_is_a_clean_stop_and_a_wider_window_goes_on(scripted, tmp_path, capsys):
-    """Of four episodes 40 % can't be resolved: ten batches of groups are played in vain."""
-    few = ("learn.groups_per_step=1", "eval.every=0", "steps=1")
+    """Of two episodes 40 % can't be resolved: ten batches of groups are played in vain."""
+    few = ("rollout.group_size=2", "learn.groups_per_step=1", "eval.every=0", "steps=1")
     with pytest.raises(
         ValueError, match=r"zero tasks left .*: the last 1\d groups of env have .* window \[0.4, 0.4\]; widen"
     ):
