@@ -37,12 +37,13 @@ class EnvConfig:
     first_task: int = 1_000_000
     """Index of the first training task; the warm start's experts used 0 and up."""
     weight: float = 1.0
-    """Share of the groups that are issued, relative to the other sources': after any number of groups a source has its share
-    within one. A source that has no tasks left leaves its share to the others."""
+    """Share of the groups, relative to the other sources': after any number of groups a source has its share within one, those
+    outside of a window not counted. A source that has no tasks left leaves its share to the others."""
     window: tuple[float, ...] | None = None
     """[low, high]: train on tasks with a solve rate within (CWM: [0.1, 0.7]). A task's rate is that of its latest group. A
-    finished group outside is dropped with the reason "window" and another is issued; where tasks come round again (a task
-    set), those outside are passed over until the next stage. Left out: every group is trained."""
+    finished group outside is dropped with the reason "window" and another of its source is issued; where tasks come round
+    again (a task set), those outside are passed over until the next stage. Left out: every group is trained. Several sources
+    of the same tasks with windows side by side are bins of solve rates."""
     rates: str = ""
     """File of solve rates that were measured before (`python -m rl rates`): tasks outside of `window` are not played at all.
     Tasks without a rate there are."""

@@ -158,7 +158,7 @@ class Curriculum:
         self.outside: Counter[str] = Counter()
         """Groups dropped by the window, by source."""
         self._cursor = {name: source.first_task for name, source in config.sources.items()}
-        self._issued: dict[int, Counter[str]] = defaultdict(Counter)
+        self._counted: dict[int, Counter[str]] = defaultdict(Counter)  # groups of a stage, without those outside
         self._order: dict[Place, list[str]] = defaultdict(list)
         self._rates: dict[Place, dict[int, float]] = defaultdict(dict)
         self._of_group: dict[str, float] = {}
@@ -175,16 +175,18 @@ class Curriculum:
         left = {name: index for name, index in found.items() if index is not None}
         if not left:
             return None
-        source = fair({name: sources[name].weight for name in left}, self._issued[stage])
+        source = fair({name: sources[name].weight for name in left}, self._counted[stage])
         group = f"g{left[source]}.{source}" if self.config.envs else f"g{left[source]}"
         pick = Pick(group=group, source=source, index=left[source], stage=stage)
         self._issue(pick)
         return pick
 
     def observe(self, group: str, solved: int, graded: int) -> bool:
-        """A group has finished with `solved` of `graded` trajectories resolved. False: it is outside of its window."""
+        """A group has finished with `solved` of `graded` trajectories resolved. False: it is outside of its window, and its
+        source's share has room for another."""
         inside = self._measure(group, solved / graded)
-        self.outside[self.picks[group].source] += not inside
+        if not inside:
+            self._refuse(self.picks[group])
         return inside
 
     def resume(self, entries: Iterable[Entry]) -> None:
@@ -195,10 +197,12 @@ class Curriculum:
                     f"group {entry.id} of the journal is of source {entry.source!r} in stage {entry.stage}, which this recipe has not; "
                     "resume with the sources and stages that the run was started with"
                 )
-            self._issue(Pick(group=entry.id, source=entry.source, index=entry.task_index, stage=entry.stage))
+            pick = Pick(group=entry.id, source=entry.source, index=entry.task_index, stage=entry.stage)
+            self._issue(pick)
             if entry.graded:
                 self._measure(entry.id, entry.solved / entry.graded)
-            self.outside[entry.source] += entry.reason == "window"
+            if entry.reason == "window":
+                self._refuse(pick)
 
     def none_left(self, step: int) -> str:
         """Why `next` finds nothing: one line."""
@@ -220,8 +224,12 @@ class Curriculum:
     def _issue(self, pick: Pick) -> None:
         self.picks[pick.group] = pick
         self._cursor[pick.source] = max(self._cursor[pick.source], pick.index + 1)
-        self._issued[pick.stage][pick.source] += 1
+        self._counted[pick.stage][pick.source] += 1
         self._order[pick.stage, pick.source].append(pick.group)
+
+    def _refuse(self, pick: Pick) -> None:
+        self.outside[pick.source] += 1
+        self._counted[pick.stage][pick.source] -= 1
 
     def _measure(self, group: str, rate: float) -> bool:
         pick = self.picks[group]

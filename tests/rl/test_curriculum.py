@@ -150,6 +150,17 @@ def test_the_share_of_a_source_without_tasks_goes_to_the_others(tmp_path):
     assert names(machine, 3) == ["g1000000.hard", "g1000001.hard", "g1000002.hard"]
 
 
+def test_a_group_outside_is_replaced_by_one_of_its_source(tmp_path):
+    """Shares 2 : 1 of the groups that are trained, though half of one source's are dropped."""
+    machine = Curriculum(recipe(tmp_path, MIXED, "envs.easy.window=[0.5, 1]"))
+    kept, played = Counter(), 0
+    while kept.total() < 30:
+        pick = machine.next(0)
+        kept[pick.source] += machine.observe(pick.group, pick.index % 2, 1)
+        played += 1
+    assert kept == {"easy": 20, "hard": 10} and played == 50 and machine.outside == {"easy": 20}
+
+
 # ---------------------------------------------------------------------- stages
 
 STAGED = (
