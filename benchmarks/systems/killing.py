@@ -80,7 +80,7 @@ class Fuse:
 
 FUSE = Fuse()
 LENGTHS = Path(os.devnull)
-"""Where a `Mouth` notes each episode that it begins, and its length: a line each."""
+"""Where a `Mouth` notes each episode that it begins, with its length, and that it ends, with 0: a line each."""
 
 
 class Walk(Env):
@@ -108,7 +108,8 @@ class Walk(Env):
         self.whim = zlib.crc32(action.encode(), self.whim)
         over = "stop" in action
         reward = self.whim % 101 / 100 if over or self.turn == self.most else 0.0
-        return "on", reward, over, self.turn == self.most, {}
+        info = {"outcome": "resolved" if self.whim % 2 else "unresolved"}
+        return "on", reward, over, self.turn == self.most, info
 
 
 def length(task: str, seed: int) -> int:
@@ -139,9 +140,10 @@ class Mouth:
         with self.lock:
             if episode not in self.left:
                 self.left[episode] = length(episode.split("/")[-2], sampling.seed)
-                with LENGTHS.open("a") as file:
-                    file.write(f"{episode} {self.left[episode]}\n")
+                self._note(episode)
             self.left[episode] -= 1
+            if not self.left[episode]:
+                self._note(episode)
         ids = [*self.renderer.encode("on" if self.left[episode] else "stop"), self.renderer.end_id]
         n = len(ids)
         return Completion(
@@ -151,6 +153,10 @@ class Mouth:
             finish="stop",
             prompt_digest=digest(token_ids),
         )
+
+    def _note(self, episode: str) -> None:
+        with LENGTHS.open("a") as file:
+            file.write(f"{episode} {self.left[episode]}\n")
 
     def release(self, episode: str) -> None:
         """The walk is over."""

@@ -36,12 +36,14 @@ from rl.config import Config, EnvConfig, EvalConfig, LearnConfig, PolicyConfig, 
 from rl.journal import Journal
 from rl.metrics import read
 
-SPANS = {"statement": 180, "file": 100, "event": 60, "turn": 150}
-"""A fuse strikes at one of so many events, all equally likely: within some three steps of a run."""
+SPANS = {"statement": 120, "file": 60, "event": 40, "turn": 80}
+"""A fuse strikes at one of so many events, all equally likely: within some two steps of a run."""
 
 WALK = "benchmarks.systems.killing:Walk"
-RUNS = ((0, "wait", 1), (1, "wait", 2), (2, "wait", 3), (2, "drop", 2))
-"""Staleness, what is done about late groups, steps between checkpoints: of one run after the other."""
+WINDOW = (0.2, 0.8)
+RUNS = ((0, "wait", 1, None), (1, "wait", 2, None), (2, "wait", 3, None), (2, "drop", 2, WINDOW))
+"""Staleness, what is done about late groups, steps between checkpoints, solve rates that are trained: of one run after the
+other."""
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -73,8 +75,8 @@ class Tally:
     issued: list[float] = field(default_factory=list)
     """Turns of each episode when it was first begun."""
     trained: list[float] = field(default_factory=list)
-    undisturbed: list[float] = field(default_factory=list)
-    """Of those trained, in groups that were begun once."""
+    uncut: list[float] = field(default_factory=list)
+    """Of those trained, whose group had no episode that was interrupted."""
 
 
 # ---- stand-ins: what is trained ----
@@ -92,7 +94,7 @@ def killed(root: Path, kills: int, episodes: int, seed: int) -> Iterator[dict[st
     yield row("killed runs: violations", len(tally.wrong), goal="<=0", n=n, spread=tally.wrong[:3] or where)
     yield row("killed runs: groups issued", tally.groups.total(), n=number, spread=dict(tally.groups))
     yield row("killed runs: seconds of a kill and what follows", (time.monotonic() - began) / n, unit="s", n=n)
-    for what, sample in (("trained", tally.trained), ("trained, were interrupted groups left out", tally.undisturbed)):
+    for what, sample in (("trained", tally.trained), ("trained, were interrupted groups left out", tally.uncut)):
         arms = (len(tally.issued), len(sample))
         limit = ks_critical(*arms)
         yield row(
@@ -104,7 +106,7 @@ def killed(root: Path, kills: int, episodes: int, seed: int) -> Iterator[dict[st
         )
 
 
-def walk(root: Path, number: int, staleness: int, stale: Any, every: int) -> Config:
+def walk(root: Path, number: int, staleness: int, stale: Any, every: int, window: Any = None) -> Config:
     """A run of twelve steps that are walks."""
     return Config(
         name=f"walk-{number}",
@@ -112,7 +114,7 @@ def walk(root: Path, number: int, staleness: int, stale: Any, every: int) -> Con
         steps=12,
         seed=number,
         checkpoint_every=every,
-        env=EnvConfig(id=WALK, kwargs={"lost": 0.005}),
+        env=EnvConfig(id=WALK, kwargs={"lost": 0.005}, window=window),
         policy=PolicyConfig(max_tokens=12),
         rollout=RolloutConfig(spawn="threads", workers=12, group_size=4),
         learn=LearnConfig(algorithm="grpo", groups_per_step=4, max_staleness=staleness, stale=stale),
@@ -131,7 +133,7 @@ def campaign(config: Config, rng: random.Random, tally: Tally) -> None:
         tally.kills[kind] += 1
         tally.wrong += [f"{config.name}, {kind}: {what}" for what in survivors(config.directory)]
     tally.wrong += [f"{config.name}, end: {what}" for what in outcome(config, tally)]
-    if config.learn.stale == "wait":  # "drop" drops what is late, and says so
+    if config.learn.stale == "wait":  # the others drop what is late or outside of the window, and say so
         lengths(config, log.with_suffix(".lengths"), tally)
 
 
@@ -187,22 +189,22 @@ def outcome(config: Config, tally: Tally) -> list[str]:
 def lengths(config: Config, notes: Path, tally: Tally) -> None:
     """Turns of the run's episodes, as first begun and as trained."""
     begun: dict[str, int] = {}
-    times: Counter[str] = Counter()
+    cuts: Counter[str] = Counter()
     for line in notes.read_text().splitlines():
         episode, turns = line.split()
         sample = episode.rpartition(".")[0]
         if not sample.startswith("eval/"):
             begun.setdefault(sample, int(turns))
-            times[sample.split("/")[0]] += 1
+            cuts[sample] += 1 if int(turns) else -1
     tally.issued += begun.values()
-    once = {name for name, n in times.items() if n == config.rollout.group_size}
+    cut = {sample.split("/")[1] for sample, times in cuts.items() if times}
     for path in (config.directory / "trajectories").iterdir():
         for line in path.read_text().splitlines():
             trajectory = Trajectory.from_json(line)
             if trajectory.trainable:
+                index = trajectory.task_id.rpartition("/")[2]
                 tally.trained.append(trajectory.turns)
-                if f"g{trajectory.task_id.rpartition('/')[2]}" in once:
-                    tally.undisturbed.append(trajectory.turns)
+                tally.uncut += [] if index in cut else [trajectory.turns]
 
 
 # ---- real parts: what the weights are ----
@@ -243,7 +245,7 @@ def real(root: Path, name: str) -> Config:
         steps=6,
         deterministic=True,
         checkpoint_every=2,
-        env=EnvConfig(id=WALK, kwargs={"turns": 3}),
+        env=EnvConfig(id=WALK, kwargs={"turns": 3}, window=WINDOW),
         policy=PolicyConfig(max_tokens=8, max_context=256, temperature=1.5),
         rollout=RolloutConfig(spawn="threads", workers=1, group_size=4),
         learn=LearnConfig(algorithm="grpo", groups_per_step=2, lr=1e-5, max_staleness=0, minibatches=2),

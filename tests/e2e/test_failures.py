@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,15 @@ def command(runs, *more):
     ]
 
 
-def begin(log, runs, *more):
+@contextmanager
+def begun(log, runs, *more):
+    """The run, which ends here at the latest."""
     with log.open("w") as handle:
-        return subprocess.Popen(command(runs, *more), stdout=handle, stderr=handle)
+        process = subprocess.Popen(command(runs, *more), stdout=handle, stderr=handle)
+    try:
+        yield process
+    finally:
+        process.kill()
 
 
 def kill(process, name):
@@ -51,7 +58,7 @@ def kill(process, name):
     raise AssertionError(f"no process {name}")
 
 
-def wait_for(log, text, process, seconds=200):
+def wait_for(log, text, process, seconds=600):
     limit = time.monotonic() + seconds
     while time.monotonic() < limit and process.poll() is None:
         if text in log.read_text():
@@ -76,33 +83,33 @@ def whole(directory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_a_run_goes_on_by_itself_when_engine_and_learner_die(tmp_path):
     log = tmp_path / "log"
-    process = begin(log, tmp_path)
-    wait_for(log, "step 3/10", process)
-    kill(process, "ray::EnginePart")
-    wait_for(log, "engine is gone or late", process)
-    wait_for(log, "step 7/10", process)
-    kill(process, "ray::LearnerPart")
-    wait_for(log, "learner is gone or late", process)
-    assert process.wait(250) == 0, log.read_text()[-3000:]
+    with begun(log, tmp_path) as process:
+        wait_for(log, "step 3/10", process)
+        kill(process, "ray::EnginePart")
+        wait_for(log, "engine is gone or late", process)
+        wait_for(log, "step 7/10", process)
+        kill(process, "ray::LearnerPart")
+        wait_for(log, "learner is gone or late", process)
+        assert process.wait(600) == 0, log.read_text()[-3000:]
     assert log.read_text().count("on from the last checkpoint") == 2
     whole(tmp_path / "tiny")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("part", ["Engine", "Learner"])
 def test_without_restarts_it_stops_in_one_line_and_is_resumed(tmp_path, part):
     log = tmp_path / "log"
-    process = begin(log, tmp_path, "--restarts=0")
-    wait_for(log, "step 3/10", process)
-    kill(process, f"ray::{part}Part")
-    assert process.wait(120) == 1, log.read_text()[-3000:]
+    with begun(log, tmp_path, "--restarts=0") as process:
+        wait_for(log, "step 3/10", process)
+        kill(process, f"ray::{part}Part")
+        assert process.wait(600) == 1, log.read_text()[-3000:]
     text = log.read_text()
     assert "Traceback" not in text
     assert f"error: the run stopped: {part.lower()} is gone or late: ActorDiedError; go on with --resume" in text
-    done = subprocess.run(command(tmp_path, "--resume"), capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command(tmp_path, "--resume"), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and "resumed at step 2" in done.stdout, done.stderr[-3000:]
     whole(tmp_path / "tiny")
