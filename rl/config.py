@@ -96,7 +96,10 @@ class LearnConfig:
     minibatches: int = 2
     """Optimiser updates per batch."""
     max_tokens: int = 8192
-    """Padded positions of one micro-batch."""
+    """Positions of one micro-batch, padding included."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """Rows of a micro-batch one behind the other, kept apart by their positions, or padded side by side. "auto": packed
+    where variable-length attention exists (a GPU with flash-attn); elsewhere padded, which is faster."""
     threads: int = 1
     max_staleness: int | None = None
     """No token is trained on that was sampled more than this many versions before; left out: the preset's bound."""

@@ -97,6 +97,7 @@ class LearnerPart:
             minibatches=learn.minibatches,
             context=config.policy.max_context,
             max_tokens=learn.max_tokens,
+            packing=learn.packing,
             threads=learn.threads,
             seed=config.seed,
         )
