@@ -100,7 +100,11 @@ class LearnConfig:
     packing: Literal["auto", "packed", "padded"] = "auto"
     """Rows of a micro-batch one behind the other, kept apart by their positions, or padded side by side. "auto": packed
     where variable-length attention exists (a GPU with flash-attn); elsewhere padded, which is faster."""
+    ranks: int = 1
+    """Processes of the learner: each holds a share of weights, gradients and moments (FSDP2), and trains on a share of each
+    batch. Ray's: under `threads` there is one. A checkpoint can be resumed with another number."""
     threads: int = 1
+    """Torch threads of a rank."""
     max_staleness: int | None = None
     """No token is trained on that was sampled more than this many versions before; left out: the preset's bound."""
     stale: Literal["wait", "drop"] = "wait"
@@ -159,6 +163,7 @@ class Config:
             ("rollout.episodes", self.rollout.episodes, 1),
             ("rollout.group_size", self.rollout.group_size, 2),
             ("learn.groups_per_step", self.learn.groups_per_step, 1),
+            ("learn.ranks", self.learn.ranks, 1),
             ("eval.tasks", self.eval.tasks, 1),
             ("eval.every", self.eval.every, 0),
         ):
@@ -168,6 +173,10 @@ class Config:
             raise ValueError(
                 f"admission.kv_tokens={self.admission.kv_tokens} holds no episode of policy.max_context={self.policy.max_context} "
                 "tokens; raise it, or give 0"
+            )
+        if self.learn.ranks > 1 and self.rollout.spawn == "threads":
+            raise ValueError(
+                f"learn.ranks={self.learn.ranks} are processes, and rollout.spawn='threads' has none; take ray, or one rank"
             )
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name!r} is no directory name; use letters, digits, - and _")

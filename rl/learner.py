@@ -40,9 +40,12 @@ from policy.weights import state_of
 from rl.advantages import Algorithm, algorithm
 from rl.batch import MicroBatch, Row, microbatches
 from rl.losses import normaliser, policy_loss, token_logprobs
-from rl.packing import Packed, Padded, Sharing
+from rl.packing import Padded, Sharing
+from rl.ranks import Place, whole
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # saved and loaded without it, on purpose
+
+ALONE = Place()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,16 +136,21 @@ class StepReport:
 class Learner:
     """One model, its optimiser and its counters."""
 
-    def __init__(self, config: LearnerConfig, model: PreTrainedModel | Path | str) -> None:
-        """`model`: a directory for `policy.models.load`, or a model that is the learner's own from now on."""
+    def __init__(self, config: LearnerConfig, model: PreTrainedModel | Path | str, place: Place = ALONE) -> None:
+        """`model`: a directory for `policy.models.load`, or a model that is the learner's own from now on. At a `place`
+        among ranks every method is a collective: all ranks call it, with the same arguments."""
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.config = config
+        self.config, self.place = config, place
         self.algorithm = config.row()
         self.model = models.load(Path(model)) if isinstance(model, str | Path) else model
         self.model.train()
+        self.sharing = Sharing(
+            packed=config.packing == "packed", ranks=place.ranks, rank=place.rank, pair_cost=_pair_cost(self.model)
+        )
+        self.ranks = place.join()
+        self._forward = self.ranks.shard(self.model, _forward)
         self.optimizer = _optimizer(self.model, config)
-        self.sharing = Sharing(packed=config.packing == "packed", pair_cost=_pair_cost(self.model))
         self.random = random.Random(config.seed)
         self.version = 0
         self.updates = 0
@@ -192,14 +200,17 @@ class Learner:
             context=self.config.context,
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss, metrics = 0.0, dict[str, float]()
+        sums = {"loss": 0.0, "positions": 0.0}
         for batch in batches:
-            part, seen = self._backward(batch, divisor)
-            loss += part
+            loss, seen = self._backward(batch, divisor)
+            sums["loss"] += loss
+            sums["positions"] += int(batch.inside.sum()) if self.sharing.packed else batch.inside.numel()
             for key, value in seen.items():
-                metrics[key] = metrics.get(key, 0.0) + value * batch.action_tokens / tokens
-            report.positions += int(batch.inside.sum()) if self.sharing.packed else batch.inside.numel()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
+                sums[key] = sums.get(key, 0.0) + value * batch.action_tokens / tokens
+        metrics = dict(zip(sums, self.ranks.total(list(sums.values())), strict=True))
+        loss = metrics.pop("loss")
+        report.positions += int(metrics.pop("positions"))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)))
         if not (np.isfinite(loss) and np.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
             report.skipped += 1
@@ -231,12 +242,7 @@ class Learner:
         self, token_ids: Tensor, targets: Tensor, inside: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """[B, T] each -> log-probabilities and entropies of `targets`; `inside` is false at padding."""
-        layout = Packed(inside) if self.sharing.packed else Padded()
-        ids, goals = layout.pack(token_ids), layout.pack(targets)
-        hidden = self.model.model(input_ids=ids, use_cache=False, **layout.arguments()).last_hidden_state
-        wanted = None if mask is None else layout.pack(mask)
-        logprobs, entropy = token_logprobs(hidden, self.model.lm_head.weight, goals, wanted)
-        return layout.unpack(logprobs), layout.unpack(entropy)
+        return self._forward(self.ranks.layout(inside, self.sharing.packed), token_ids, targets, mask)  # type: ignore[no-any-return]
 
     def _cpu(self) -> float:
         """CPU seconds: of this thread where it computes alone, else of the process."""
@@ -245,8 +251,8 @@ class Learner:
     # ------------------------------------------------------------------ weights and scores
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The weights of `version`, by parameter name, as copies."""
-        return state_of(self.model)
+        """The weights of `version`, by parameter name, as copies; nothing on ranks but the first."""
+        return state_of(self.model, keep=not self.place.rank)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (nats, temperature 1) of each token given those before it; 0.0 for the first. Nothing is
@@ -255,25 +261,28 @@ class Learner:
         long = [i for i, s in enumerate(sequences) if len(s) > 1]
         lengths = [len(sequences[i]) for i in long]
         for bunch in self.sharing.mine(lengths, self.config.max_tokens):
-            rows = [torch.tensor(list(sequences[long[i]])) for i in bunch]
+            rows = [torch.tensor(list(sequences[long[i]])) for i in bunch] or [torch.zeros(2, dtype=torch.int64)]
             ids = pad_sequence(rows, batch_first=True)
-            inside = pad_sequence([torch.ones(lengths[i] - 1, dtype=torch.bool) for i in bunch], batch_first=True)
+            inside = pad_sequence([torch.ones(len(row) - 1, dtype=torch.bool) for row in rows], batch_first=True)
             with torch.no_grad():
                 logprobs, _ = self._logprobs(ids[:, :-1], ids[:, 1:], inside)
             for row, i in enumerate(bunch):
                 out[long[i]][1:] = logprobs[row, : lengths[i] - 1].tolist()
-        return out
+        every = iter(self.ranks.total([x for scores in out for x in scores]))
+        return [[next(every) for _ in scores] for scores in out]
 
     # ------------------------------------------------------------------ state
 
     def export(self, directory: Path) -> None:
         """Write the model alone, in the form that `policy.models.load` reads."""
-        models.save(self.model, directory)
+        weights = self.weights() if self.place.ranks > 1 else None
+        if not self.place.rank:
+            models.save(self.model, directory, weights)
 
     def save(self, directory: Path) -> None:
-        """Write weights, optimiser, counters and random state into `directory` (torch.distributed.checkpoint
-        shards)."""
-        state_dict_saver.save(self._state(), checkpoint_id=directory, no_dist=True)
+        """Write weights, optimiser, counters and random state into `directory` (torch.distributed.checkpoint shards); a
+        learner of any number of ranks can load it."""
+        state_dict_saver.save(self._state(), checkpoint_id=directory, no_dist=self.place.ranks == 1)
 
     def load(self, directory: Path) -> None:
         """The inverse of `save`: the next `step` gives bitwise the weights that an uninterrupted run would have.
@@ -282,7 +291,7 @@ class Learner:
         """
         state = self._state()
         try:
-            state_dict_loader.load(state, checkpoint_id=directory, no_dist=True)
+            state_dict_loader.load(state, checkpoint_id=directory, no_dist=self.place.ranks == 1)
         except (CheckpointException, OSError) as error:
             first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             cause = (" ".join(str(first).split()) or type(first).__name__)[:300]
@@ -300,6 +309,16 @@ class Learner:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         counters = {"version": self.version, "updates": self.updates, "random": self.random.getstate()}
         return {"model": model, "optimizer": optimizer, "counters": counters}
+
+
+def _forward(
+    model: PreTrainedModel, layout: Padded, token_ids: Tensor, targets: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `Learner._logprobs` gives; the one place where the model is called."""
+    ids, goals = layout.pack(token_ids), layout.pack(targets)
+    hidden = model.model(input_ids=ids, use_cache=False, **layout.arguments()).last_hidden_state
+    logprobs, entropy = token_logprobs(hidden, model.lm_head.weight, goals, None if mask is None else layout.pack(mask))
+    return layout.unpack(logprobs), layout.unpack(entropy)
 
 
 def _optimizer(model: torch.nn.Module, config: LearnerConfig) -> torch.optim.AdamW:

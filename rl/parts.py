@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from envs.errors import InfraError
 from rl.admission import Budget
 from rl.config import Config
 from rl.gate import Gate
-from rl.spawn import Handle, spawn
+from rl.spawn import Handle, JointHandle, spawn
 from rl.worker import RolloutWorker
 
 
@@ -79,11 +80,13 @@ class EnginePart:
 
 
 class LearnerPart:
-    """`Learner` as a part, with a ledger of what it does."""
+    """`Learner` as a part, or one rank of it, with a ledger of what it does."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, rank: int = 0, rendezvous: str = "") -> None:
+        """`rendezvous`: see `rl.ranks.Place`."""
         from rl.learner import Learner, LearnerConfig
         from rl.ledger import Ledger
+        from rl.ranks import Place
 
         learn = config.learn
         settings = LearnerConfig(
@@ -101,7 +104,8 @@ class LearnerPart:
             threads=learn.threads,
             seed=config.seed,
         )
-        self.learner = Learner(settings, config.model)
+        place = Place(rank=rank, ranks=learn.ranks, rendezvous=rendezvous, deadline=config.rollout.deadline)
+        self.learner = Learner(settings, config.model, place)
         self.ledger = Ledger(["idle", "train", "publish", "checkpoint"])
 
     def step(self, rows: Any) -> dict[str, Any]:
@@ -138,7 +142,17 @@ class LearnerPart:
         return self.ledger.snapshot()
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Leave the other ranks; nothing outlives the process."""
+        self.learner.ranks.close()
+
+
+def start_learner(config: Config, directory: str) -> Handle:
+    """Start the learner: an actor per rank, which find one another through a file in `directory`."""
+    mode, ranks, rendezvous = config.rollout.spawn, config.learn.ranks, f"{directory}/rendezvous"
+    if ranks == 1:
+        return spawn(LearnerPart, config, mode=mode, name="learner")
+    parts = [spawn(LearnerPart, config, rank, rendezvous, mode=mode, name=f"learner-{rank}") for rank in range(ranks)]
+    return JointHandle("learner", parts)
 
 
 def start_worker(config: Config, engine: Handle, index: int) -> Handle:
@@ -169,7 +183,8 @@ class Parts:
         """Start everything; errors as `await_start`."""
         self.config, mode, episodes = config, config.rollout.spawn, config.rollout.in_flight
         self.engine: Handle = spawn(EnginePart, config, mode=mode, name="engine", concurrency=episodes + 8)
-        self.learner: Handle = spawn(LearnerPart, config, mode=mode, name="learner")
+        self.meeting = TemporaryDirectory(prefix="codeworld-ranks-")
+        self.learner = start_learner(config, self.meeting.name)
         self.workers = [start_worker(config, self.engine, i) for i in range(config.rollout.workers)]
         await_start((self.engine, self.learner, *self.workers))
 
@@ -197,3 +212,4 @@ class Parts:
                 part.stop()
             except Exception:
                 continue
+        self.meeting.cleanup()

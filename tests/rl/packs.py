@@ -1,11 +1,17 @@
-"""What the tests of packing and of ranks share: a model whose layers differ, and rows."""
+"""What the tests of packing and of ranks share: a model whose layers differ, rows, and processes."""
 
+import multiprocessing
 import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from policy import models
 from rl.batch import Row
+from rl.ranks import Place
 
 V = 48
 
@@ -46,3 +52,31 @@ def some_rows(n: int, seed: int = 0, longest: int = 40) -> list[Row]:
             )
         )
     return rows
+
+
+def on_ranks(
+    count: int, function: Callable[..., Any], directory: Path, *arguments: Any, seconds: float = 240
+) -> list[Any]:
+    """What `function(place, *arguments)` gives on each of `count` ranks, processes that find one another in `directory`."""
+    directory.mkdir()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.rl.packs", "rl.learner"])
+    places = [
+        Place(rank=r, ranks=count, rendezvous=str(directory / "rendezvous"), deadline=seconds) for r in range(count)
+    ]
+    processes = [context.Process(target=_run, args=(function, place, directory, arguments)) for place in places]
+    for process in processes:
+        process.start()
+    limit = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, limit - time.monotonic()))
+    for process in processes:
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * count
+    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def _run(function: Callable[..., Any], place: Place, directory: Path, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    torch.save(function(place, *arguments), directory / f"{place.rank}.pt")

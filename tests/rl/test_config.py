@@ -44,6 +44,7 @@ def test_overrides():
         ("steps", r"override 'steps' is not of the form"),
         ("admission.kv_tokens=700", r"kv_tokens=700 holds no episode of policy.max_context=768 tokens; raise it"),
         ("admission.load=2", r"admission.load=2.0 is a share of the turns"),
+        ("learn.ranks=0", r"learn.ranks=0 is too small; give at least 1"),
         ("steps.x=1", r"'steps' is a value, not a section"),
     ],
 )
@@ -78,3 +79,8 @@ def test_staleness_is_the_recipes_or_the_presets():
 
 def test_the_laptop_run_keeps_32_episodes_in_flight():
     assert load(ROOT / "rl/recipes/tiny.toml").rollout.in_flight >= 32
+
+
+def test_threads_have_no_ranks():
+    with pytest.raises(ValueError, match=r"learn.ranks=2 are processes, and rollout.spawn='threads' has none; [^\n]*$"):
+        load(ROOT / "rl/recipes/tiny.toml", ["learn.ranks=2", "rollout.spawn=threads"])
