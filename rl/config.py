@@ -103,6 +103,8 @@ class LearnConfig:
     ranks: int = 1
     """Processes of the learner: each holds a share of weights, gradients and moments (FSDP2), and trains on a share of each
     batch. Ray's: under `threads` there is one. A checkpoint can be resumed with another number."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of layers for the backward pass and compute the rest again: less memory, a third more work."""
     threads: int = 1
     """Torch threads of a rank."""
     max_staleness: int | None = None

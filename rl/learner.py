@@ -77,6 +77,8 @@ class LearnerConfig:
     packing: Literal["auto", "packed", "padded"] = "auto"
     """How rows share a micro-batch (`rl/packing.py`). "auto": packed where variable-length attention exists, which needs a
     GPU; elsewhere rows of like length padded, which is faster there than attention under a mask."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of layers for the backward pass and compute the rest again."""
     threads: int = 1
     """Torch threads of this process; 0 leaves the setting alone."""
     seed: int = 0
@@ -148,6 +150,8 @@ class Learner:
         self.sharing = Sharing(
             packed=config.packing == "packed", ranks=place.ranks, rank=place.rank, pair_cost=_pair_cost(self.model)
         )
+        if config.checkpoint_activations:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.ranks = place.join()
         self._forward = self.ranks.shard(self.model, _forward)
         self.optimizer = _optimizer(self.model, config)

@@ -101,6 +101,7 @@ class LearnerPart:
             context=config.policy.max_context,
             max_tokens=learn.max_tokens,
             packing=learn.packing,
+            checkpoint_activations=learn.checkpoint_activations,
             threads=learn.threads,
             seed=config.seed,
         )

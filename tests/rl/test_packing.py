@@ -102,3 +102,27 @@ def test_packed_and_padded_rows_give_the_same_update(preset: str) -> None:
     assert one.metrics == pytest.approx(other.metrics, abs=1e-9) and one.positions < other.positions
     for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=0, atol=1e-9)
+
+
+def kept(x: Learner) -> int:
+    """Bytes that the forward pass keeps for the backward pass."""
+    total = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    rows = torch.stack([torch.arange(40) % V])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        x._logprobs(rows, rows, torch.ones(1, 40, dtype=torch.bool))
+    return total
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_checkpointed_activations_give_the_same_update(packing: str) -> None:
+    a, b = learner(packing, checkpoint_activations=True), learner(packing)
+    one, other = a.step(some_rows(6)), b.step(some_rows(6))
+    assert (one.loss, one.grad_norm) == (other.loss, other.grad_norm)
+    assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
+    assert kept(a) < kept(b) / 3
