@@ -103,6 +103,9 @@ class LearnConfig:
     ranks: int = 1
     """Processes of the learner: each holds a share of weights, gradients and moments (FSDP2), and trains on a share of each
     batch. Ray's: under `threads` there is one. A checkpoint can be resumed with another number."""
+    sequence_parallel: int = 1
+    """So many ranks hold the tokens of a micro-batch together (Ulysses), for rows too long for one; a divisor of `ranks` and
+    of the model's key-value heads. Rows are then packed, and `max_tokens` are those of all these ranks."""
     checkpoint_activations: bool = False
     """Keep only the inputs of layers for the backward pass and compute the rest again: less memory, a third more work."""
     threads: int = 1
@@ -166,6 +169,7 @@ class Config:
             ("rollout.group_size", self.rollout.group_size, 2),
             ("learn.groups_per_step", self.learn.groups_per_step, 1),
             ("learn.ranks", self.learn.ranks, 1),
+            ("learn.sequence_parallel", self.learn.sequence_parallel, 1),
             ("eval.tasks", self.eval.tasks, 1),
             ("eval.every", self.eval.every, 0),
         ):
@@ -175,6 +179,16 @@ class Config:
             raise ValueError(
                 f"admission.kv_tokens={self.admission.kv_tokens} holds no episode of policy.max_context={self.policy.max_context} "
                 "tokens; raise it, or give 0"
+            )
+        if self.learn.ranks % self.learn.sequence_parallel:
+            raise ValueError(
+                f"learn.sequence_parallel={self.learn.sequence_parallel} does not divide learn.ranks={self.learn.ranks}; "
+                "give a divisor, or other ranks"
+            )
+        if self.learn.sequence_parallel > 1 and self.learn.packing == "padded":
+            raise ValueError(
+                f"learn.packing='padded' has no packs to split over learn.sequence_parallel={self.learn.sequence_parallel} "
+                "ranks; leave it at auto"
             )
         if self.learn.ranks > 1 and self.rollout.spawn == "threads":
             raise ValueError(

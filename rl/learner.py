@@ -37,10 +37,11 @@ from transformers import PreTrainedModel
 
 from policy import models
 from policy.weights import state_of
+from rl import attention
 from rl.advantages import Algorithm, algorithm
 from rl.batch import MicroBatch, Row, microbatches
 from rl.losses import normaliser, policy_loss, token_logprobs
-from rl.packing import Padded, Sharing
+from rl.packing import Padded
 from rl.ranks import Place, whole
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # saved and loaded without it, on purpose
@@ -147,9 +148,12 @@ class Learner:
         self.algorithm = config.row()
         self.model = models.load(Path(model)) if isinstance(model, str | Path) else model
         self.model.train()
-        self.sharing = Sharing(
-            packed=config.packing == "packed", ranks=place.ranks, rank=place.rank, pair_cost=_pair_cost(self.model)
-        )
+        packed = config.packing == "packed" or (config.packing == "auto" and place.sequence > 1)
+        assert packed or place.sequence == 1, "padded rows can't be split"
+        self.sharing = place.sharing(packed=packed, pair_cost=_pair_cost(self.model))
+        if packed:
+            attention.check_heads(self.model.config.num_key_value_heads, place.sequence)
+            attention.use(self.model)
         if config.checkpoint_activations:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.ranks = place.join()

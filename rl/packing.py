@@ -10,8 +10,8 @@ A pack of rows of 3 and 2 tokens, as `Packed` gives it to the model::
     [B, T]   [[11, 12, 13],            token_ids     [1, N]   [[11, 12, 13, 21, 22]]
               [21, 22,  0]]            position_ids  [1, N]   [[ 0,  1,  2,  0,  1]]
 
-Positions that begin again keep rows apart: `transformers` builds a block-diagonal mask from them (causal, and within
-the window in layers that have one), or passes the bounds of the rows to variable-length attention.
+Positions that begin again mark the rows: attention (`rl/attention.py`) is within them, and within the window in layers
+that have one.
 
 Costs. n tokens cost n + `pair_cost` n^2, in units of a token's matrix products. Each row goes, largest first, to the
 cheapest place that holds it (LPT; Graham, *Bounds on Multiprocessing Timing Anomalies*, 1969). Packs of like cost are
@@ -125,12 +125,14 @@ class Padded:
         return {}
 
 
-@dataclass(frozen=True)
 class Packed(Padded):
     """The positions inside of rows one behind the other, `[1, N]`."""
 
-    inside: Tensor
-    """[B, T] bool: false at padding."""
+    def __init__(self, inside: Tensor) -> None:
+        """`inside` [B, T] bool: false at padding."""
+        self.inside = inside
+        self.positions = inside.cumsum(1)[inside].unsqueeze(0) - 1
+        self._masks: dict[int | None, Tensor] = {}
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T] -> [1, N]."""
@@ -141,5 +143,23 @@ class Packed(Padded):
         return y.new_zeros(self.inside.shape).masked_scatter(self.inside, y)
 
     def arguments(self) -> dict[str, Any]:
-        """Positions that begin again at every row."""
-        return {"position_ids": self.pack(torch.arange(self.inside.shape[1]).expand_as(self.inside))}
+        """Positions that begin again at every row, and this, for `rl.attention.attend`."""
+        return {"position_ids": self.positions, "layout": self}
+
+    def mask(self, window: int | None) -> Tensor:
+        """[1, 1, N, N] bool: whether a token (third axis) sees another: of its row, not behind it, less than `window`
+        before it."""
+        if window not in self._masks:
+            row, at = (self.positions == 0).cumsum(1), torch.arange(self.positions.shape[1])
+            before = at[:, None] - at
+            sees = (row[0, :, None] == row[0]) & (before >= 0) & (before < (window or inf))
+            self._masks[window] = sees[None, None]
+        return self._masks[window]
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        """[1, H, n, D] -> what attention needs: all tokens of some heads."""
+        return x
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """The way back of attention's output, [1, N, H, D]."""
+        return x

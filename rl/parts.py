@@ -105,7 +105,13 @@ class LearnerPart:
             threads=learn.threads,
             seed=config.seed,
         )
-        place = Place(rank=rank, ranks=learn.ranks, rendezvous=rendezvous, deadline=config.rollout.deadline)
+        place = Place(
+            rank=rank,
+            ranks=learn.ranks,
+            sequence=learn.sequence_parallel,
+            rendezvous=rendezvous,
+            deadline=config.rollout.deadline,
+        )
         self.learner = Learner(settings, config.model, place)
         self.ledger = Ledger(["idle", "train", "publish", "checkpoint"])
 

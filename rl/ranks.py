@@ -27,7 +27,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from rl.packing import Packed, Padded
+from rl.attention import Split
+from rl.packing import Packed, Padded, Sharing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,17 @@ class Place:
 
     rank: int = 0
     ranks: int = 1
+    sequence: int = 1
+    """So many ranks hold the tokens of one pack together; a divisor of `ranks`. Ranks 0 … sequence - 1 are the first such
+    group."""
     rendezvous: str = ""
     """Where the ranks find one another: the path of a file that all of them reach and that no group has used before."""
     deadline: float = 900.0
     """Most seconds that a rank waits for the others."""
+
+    def sharing(self, **how: Any) -> Sharing:
+        """Which share of a batch this place takes."""
+        return Sharing(ranks=self.ranks // self.sequence, rank=self.rank // self.sequence, **how)
 
     def join(self) -> Alone:
         """Meet the other ranks; returns when all are there."""
@@ -61,7 +69,7 @@ class Alone:
         return Packed(inside) if packed else Padded()
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """The sum over ranks of each value, in fp64."""
+        """The sum of each value over the shares of a batch, in fp64."""
         return list(values)
 
     def close(self) -> None:
@@ -81,6 +89,8 @@ class Ranks(Alone):
             timeout=timedelta(seconds=place.deadline),
         )
         self.mesh = init_device_mesh("cpu", (place.ranks,), mesh_dim_names=("ranks",))
+        shape = (place.ranks // place.sequence, place.sequence)
+        self.grid = init_device_mesh("cpu", shape, mesh_dim_names=("data", "sequence"))
 
     def shard(self, model: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
         """See `Alone.shard`; weights are gathered while `forward` runs, layer by layer."""
@@ -94,9 +104,17 @@ class Ranks(Alone):
         register_fsdp_forward_method(model, "learner_forward")
         return model.learner_forward  # type: ignore[no-any-return]
 
+    def layout(self, inside: Tensor, packed: bool) -> Padded:
+        """See `Alone.layout`."""
+        if self.place.sequence == 1:
+            return super().layout(inside, packed)
+        return Split(inside, self.grid.get_group("sequence"))
+
     def total(self, values: Sequence[float]) -> list[float]:
-        """See `Alone.total`."""
+        """See `Alone.total`. Ranks that hold a pack together have the same values: one of them counts."""
         sums = torch.tensor(list(values), dtype=torch.float64)
+        if self.place.rank % self.place.sequence:
+            sums.zero_()
         dist.all_reduce(sums)
         return sums.tolist()
 

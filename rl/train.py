@@ -6,6 +6,7 @@ The whole run on one page: read the recipe, take the run directory, start the pa
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,6 +85,11 @@ def check(config: Config) -> None:
     from policy.renderer import Renderer
 
     Renderer(config.model)
+    if config.learn.sequence_parallel > 1:
+        from rl.attention import check_heads
+
+        sizes = json.loads((config.model / "config.json").read_text())
+        check_heads(sizes["num_key_value_heads"], config.learn.sequence_parallel)
     env = make(config.env.id, **config.env.kwargs)
     try:
         backend = getattr(env, "backend", None)

@@ -4,6 +4,7 @@ import multiprocessing
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from rl.ranks import Place
 V = 48
 
 
-def mixed_model(seed: int = 0, *, heads: int = 4, kv_heads: int = 4) -> torch.nn.Module:
-    """CWM's layout, small: three layers with a window of 6 to one without, in fp64; norms do not round to fp32 on the way."""
+def mixed_model(seed: int = 0) -> torch.nn.Module:
+    """CWM's layout, small: three layers with a window of 6 to one without, two queries to a key, in fp64; norms do not round
+    to fp32 on the way."""
     size = {"vocab_size": V, "hidden_size": 32, "layers": 4, "intermediate_size": 48, "max_context": 64}
-    config = models.describe(models.ModelConfig(**size, heads=heads, kv_heads=kv_heads))
+    config = models.describe(models.ModelConfig(**size, heads=8, kv_heads=4))
     config.sliding_window = 6
     config.layer_types = ["sliding_attention"] * 3 + ["full_attention"]
     with torch.random.fork_rng():
@@ -55,16 +57,15 @@ def some_rows(n: int, seed: int = 0, longest: int = 40) -> list[Row]:
 
 
 def on_ranks(
-    count: int, function: Callable[..., Any], directory: Path, *arguments: Any, seconds: float = 240
+    count: int, function: Callable[..., Any], directory: Path, *arguments: Any, seconds: float = 240, **place: Any
 ) -> list[Any]:
     """What `function(place, *arguments)` gives on each of `count` ranks, processes that find one another in `directory`."""
     directory.mkdir()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.rl.packs", "rl.learner"])
-    places = [
-        Place(rank=r, ranks=count, rendezvous=str(directory / "rendezvous"), deadline=seconds) for r in range(count)
-    ]
-    processes = [context.Process(target=_run, args=(function, place, directory, arguments)) for place in places]
+    one = Place(ranks=count, rendezvous=str(directory / "rendezvous"), deadline=seconds, **place)
+    places = [replace(one, rank=rank) for rank in range(count)]
+    processes = [context.Process(target=_run, args=(function, each, directory, arguments)) for each in places]
     for process in processes:
         process.start()
     limit = time.monotonic() + seconds

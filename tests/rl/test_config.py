@@ -45,6 +45,7 @@ def test_overrides():
         ("admission.kv_tokens=700", r"kv_tokens=700 holds no episode of policy.max_context=768 tokens; raise it"),
         ("admission.load=2", r"admission.load=2.0 is a share of the turns"),
         ("learn.ranks=0", r"learn.ranks=0 is too small; give at least 1"),
+        ("learn.sequence_parallel=2", r"learn.sequence_parallel=2 does not divide learn.ranks=1; give a divisor"),
         ("steps.x=1", r"'steps' is a value, not a section"),
     ],
 )

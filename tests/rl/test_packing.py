@@ -2,10 +2,12 @@
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from rl.attention import check_heads
 from rl.batch import Row, microbatches
 from rl.learner import Learner, LearnerConfig
 from rl.packing import Packed, Sharing
@@ -126,3 +128,29 @@ def test_checkpointed_activations_give_the_same_update(packing: str) -> None:
     assert (one.loss, one.grad_norm) == (other.loss, other.grad_norm)
     assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
     assert kept(a) < kept(b) / 3
+
+
+def test_the_window_is_counted_with_the_token_itself() -> None:
+    layout = Packed(torch.tensor([[True] * 3, [True, True, False]]))
+    assert layout.mask(2)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 1, 1],
+    ]
+    assert layout.mask(None)[0, 0].int().tolist()[2] == [1, 1, 1, 0, 0]
+
+
+def test_key_value_heads_limit_the_split() -> None:
+    check_heads(8, 4)
+    with pytest.raises(
+        ValueError,
+        match="^learn.sequence_parallel=3 does not divide the 8 key-value heads of the model; choose one of 1, 2, 4, 8$",
+    ):
+        check_heads(8, 3)
+
+
+def test_an_export_names_no_attention_of_ours(tmp_path: Path) -> None:
+    learner("packed").export(tmp_path)
+    assert "codeworld" not in (tmp_path / "config.json").read_text()

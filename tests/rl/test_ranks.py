@@ -63,32 +63,55 @@ def same(one: dict[str, Any], many: list[dict[str, Any]], tolerance: float) -> N
         assert other["published"] == ({} if rank else one["published"])
 
 
-def test_two_ranks_train_like_one(tmp_path: Path) -> None:
-    """Packed; gradients are clipped on their way, and one update in four is skipped on both ranks."""
+@pytest.mark.parametrize("sequence", [1, 2], ids=["apart", "together"])
+def test_two_ranks_train_like_one(sequence: int, tmp_path: Path) -> None:
+    """Packed, each with its packs or both with all; gradients are clipped, and one update in four is skipped on both."""
     settings = {"packing": "packed", "algorithm": "dapo", "overrides": {"correction": "truncate"}}
     one = some_steps(Place(), settings, 2)
     assert [r["skipped"] for r in one["reports"]] == [0, 1] and one["reports"][0]["grad_norm"] > 0.05
-    same(one, on_ranks(2, some_steps, tmp_path / "two", settings, 2), 1e-9)
+    same(one, on_ranks(2, some_steps, tmp_path / "two", settings, 2, sequence=sequence), 1e-9)
+
+
+def gradients(place: Place, settings: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient of one update."""
+    x = learner(place, {"minibatches": 1, "grad_clip": 1e9, **settings})
+    loss = x.step(some_rows(11)).loss
+    return loss, {name: whole(p.grad) for name, p in x.model.named_parameters()}  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("algorithm", ["cwm", "gspo"])
+def test_split_packs_have_the_gradient_of_whole_ones(algorithm: str, tmp_path: Path) -> None:
+    """Layers with and without a window; packs of lengths that two and four do not divide."""
+    settings = {"packing": "packed", "algorithm": algorithm, "checkpoint_activations": True}
+    loss, expected = gradients(Place(), {**settings, "checkpoint_activations": False})
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    for ranks, sequence in ((2, 2), (4, 4), (4, 2)):
+        for found, each in on_ranks(ranks, gradients, tmp_path / f"{ranks} {sequence}", settings, sequence=sequence):
+            assert found == pytest.approx(loss, abs=1e-9)
+            for name, gradient in expected.items():
+                assert (each[name] - gradient).abs().max() <= 1e-9, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("ranks", "sequence"), [(2, 1), (4, 1), (4, 2)])
 @pytest.mark.parametrize(
     ("settings", "dtype"),
     [
-        ({"algorithm": "cwm", "packing": "padded", "weight_decay": 0.1}, torch.float64),
+        ({"algorithm": "cwm", "packing": "auto", "weight_decay": 0.1}, torch.float64),
         ({"algorithm": "gspo", "packing": "packed", "overrides": {"clip_low": 0.2, "clip_high": 0.2}}, torch.float64),
         ({"algorithm": "grpo", "packing": "packed"}, torch.float32),
     ],
-    ids=["padded", "packed", "fp32"],
+    ids=["auto", "packed", "fp32"],
 )
 def test_any_number_of_ranks_gives_the_same_weights(
-    ranks: int, settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+    ranks: int, sequence: int, settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """After 5 batches of 2 updates; the budget leaves a rank of four without rows now and then."""
     one = some_steps(Place(), settings, 5, dtype)
-    many = on_ranks(ranks, some_steps, tmp_path / "ranks", settings, 5, dtype, seconds=800)
+    many = on_ranks(ranks, some_steps, tmp_path / "ranks", settings, 5, dtype, sequence=sequence, seconds=800)
     same(one, many, 1e-9 if dtype is torch.float64 else 1e-6)
 
 
