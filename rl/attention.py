@@ -62,9 +62,25 @@ def attend(
     Returns [1, n, H, D].
     """
     query, key, value = (layout.to_heads(x) for x in (query, key, value))
-    mask = layout.mask(sliding_window)
-    output = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)[0]
+    if query.is_cuda and query.dtype == torch.bfloat16:
+        output = _varlen(query, key, value, layout, scaling, sliding_window)
+    else:
+        mask = layout.mask(sliding_window)
+        output = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)[0]
     return layout.to_tokens(output), None
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: Packed, scaling: float | None, sliding_window: int | None
+) -> Tensor:
+    """FlashAttention within the bounds of rows: no [N, N] anywhere."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    bounds, longest = layout.bounds()
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    output = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, enable_gqa=True)
+    return output.unsqueeze(0)  # type: ignore[union-attr]
 
 
 AttentionInterface.register(NAME, attend)
@@ -87,7 +103,9 @@ class Split(Packed):
         self.group, self.size, self.rank = group, group.size(), group.rank()
         self.tokens = self.positions.shape[1]
         self.missing = -self.tokens % self.size
-        self.positions = torch.cat((self.positions, torch.arange(self.missing)[None]), 1)  # a row of padding
+        self.positions = torch.cat(
+            (self.positions, torch.arange(self.missing, device=inside.device)[None]), 1
+        )  # a row of padding
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T] -> [1, N / P], this rank's tokens."""

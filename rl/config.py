@@ -99,13 +99,17 @@ class LearnConfig:
     """Positions of one micro-batch, padding included."""
     packing: Literal["auto", "packed", "padded"] = "auto"
     """Rows of a micro-batch one behind the other, kept apart by their positions, or padded side by side. "auto": packed
-    where variable-length attention exists (a GPU with flash-attn); elsewhere padded, which is faster."""
+    where variable-length attention exists (a GPU, in bf16); elsewhere padded, which is faster."""
     ranks: int = 1
     """Processes of the learner: each holds a share of weights, gradients and moments (FSDP2), and trains on a share of each
     batch. Ray's: under `threads` there is one. A checkpoint can be resumed with another number."""
     sequence_parallel: int = 1
     """So many ranks hold the tokens of a micro-batch together (Ulysses), for rows too long for one; a divisor of `ranks` and
     of the model's key-value heads. Rows are then packed, and `max_tokens` are those of all these ranks."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the learner computes; rank r takes GPU r."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What its matrix products are computed in; weights, gradients that are added up, and moments stay fp32."""
     checkpoint_activations: bool = False
     """Keep only the inputs of layers for the backward pass and compute the rest again: less memory, a third more work."""
     threads: int = 1

@@ -77,7 +77,7 @@ class LearnerConfig:
     """Most positions (padding included) of one micro-batch."""
     packing: Literal["auto", "packed", "padded"] = "auto"
     """How rows share a micro-batch (`rl/packing.py`). "auto": packed where variable-length attention exists, which needs a
-    GPU; elsewhere rows of like length padded, which is faster there than attention under a mask."""
+    GPU and bf16; elsewhere rows of like length padded, which is faster than attention under a mask."""
     checkpoint_activations: bool = False
     """Keep only the inputs of layers for the backward pass and compute the rest again."""
     threads: int = 1
@@ -148,7 +148,7 @@ class Learner:
         self.algorithm = config.row()
         self.model = models.load(Path(model)) if isinstance(model, str | Path) else model
         self.model.train()
-        packed = config.packing == "packed" or (config.packing == "auto" and place.sequence > 1)
+        packed = config.packing == "packed" or (config.packing == "auto" and (place.varlen or place.sequence > 1))
         assert packed or place.sequence == 1, "padded rows can't be split"
         self.sharing = place.sharing(packed=packed, pair_cost=_pair_cost(self.model))
         if packed:
@@ -250,7 +250,11 @@ class Learner:
         self, token_ids: Tensor, targets: Tensor, inside: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """[B, T] each -> log-probabilities and entropies of `targets`; `inside` is false at padding."""
-        return self._forward(self.ranks.layout(inside, self.sharing.packed), token_ids, targets, mask)  # type: ignore[no-any-return]
+        device = self.ranks.device
+        layout = self.ranks.layout(inside.to(device), self.sharing.packed)
+        wanted = None if mask is None else mask.to(device)
+        logprobs, entropy = self._forward(layout, token_ids.to(device), targets.to(device), wanted)
+        return logprobs.cpu(), entropy.cpu()
 
     def _cpu(self) -> float:
         """CPU seconds: of this thread where it computes alone, else of the process."""
@@ -283,14 +287,14 @@ class Learner:
 
     def export(self, directory: Path) -> None:
         """Write the model alone, in the form that `policy.models.load` reads."""
-        weights = self.weights() if self.place.ranks > 1 else None
+        weights = None if self.ranks.alone else self.weights()
         if not self.place.rank:
             models.save(self.model, directory, weights)
 
     def save(self, directory: Path) -> None:
         """Write weights, optimiser, counters and random state into `directory` (torch.distributed.checkpoint shards); a
         learner of any number of ranks can load it."""
-        state_dict_saver.save(self._state(), checkpoint_id=directory, no_dist=self.place.ranks == 1)
+        state_dict_saver.save(self._state(), checkpoint_id=directory, no_dist=self.ranks.alone)
 
     def load(self, directory: Path) -> None:
         """The inverse of `save`: the next `step` gives bitwise the weights that an uninterrupted run would have.
@@ -299,7 +303,7 @@ class Learner:
         """
         state = self._state()
         try:
-            state_dict_loader.load(state, checkpoint_id=directory, no_dist=self.place.ranks == 1)
+            state_dict_loader.load(state, checkpoint_id=directory, no_dist=self.ranks.alone)
         except (CheckpointException, OSError) as error:
             first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
             cause = (" ".join(str(first).split()) or type(first).__name__)[:300]

@@ -146,13 +146,20 @@ class Packed(Padded):
         """Positions that begin again at every row, and this, for `rl.attention.attend`."""
         return {"position_ids": self.positions, "layout": self}
 
+    def bounds(self) -> tuple[Tensor, int]:
+        """Where rows begin, and N at last [rows + 1] (int32); the longest."""
+        begins = (self.positions[0] == 0).nonzero().squeeze(1)
+        bounds = torch.cat((begins, begins.new_tensor([self.positions.shape[1]]))).to(torch.int32)
+        return bounds, int(bounds.diff().max())
+
     def mask(self, window: int | None) -> Tensor:
         """[1, 1, N, N] bool: whether a token (third axis) sees another: of its row, not behind it, less than `window`
         before it."""
         if window not in self._masks:
-            row, at = (self.positions == 0).cumsum(1), torch.arange(self.positions.shape[1])
+            row = (self.positions[0] == 0).cumsum(0)
+            at = torch.arange(len(row), device=row.device)
             before = at[:, None] - at
-            sees = (row[0, :, None] == row[0]) & (before >= 0) & (before < (window or inf))
+            sees = (row[:, None] == row) & (before >= 0) & (before < (window or inf))
             self._masks[window] = sees[None, None]
         return self._masks[window]
 

@@ -109,6 +109,8 @@ class LearnerPart:
             rank=rank,
             ranks=learn.ranks,
             sequence=learn.sequence_parallel,
+            device=learn.device,
+            dtype=learn.dtype,
             rendezvous=rendezvous,
             deadline=config.rollout.deadline,
         )
@@ -157,7 +159,7 @@ def start_learner(config: Config, directory: str) -> Handle:
     """Start the learner: an actor per rank, which find one another through a file in `directory`."""
     mode, ranks, rendezvous = config.rollout.spawn, config.learn.ranks, f"{directory}/rendezvous"
     if ranks == 1:
-        return spawn(LearnerPart, config, mode=mode, name="learner")
+        return spawn(LearnerPart, config, 0, rendezvous, mode=mode, name="learner")
     parts = [spawn(LearnerPart, config, rank, rendezvous, mode=mode, name=f"learner-{rank}") for rank in range(ranks)]
     return JointHandle("learner", parts)
 

@@ -90,6 +90,11 @@ def check(config: Config) -> None:
 
         sizes = json.loads((config.model / "config.json").read_text())
         check_heads(sizes["num_key_value_heads"], config.learn.sequence_parallel)
+    if config.learn.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("learn.device='cuda', and torch sees no GPU here; take cpu, or a host that has one")
     env = make(config.env.id, **config.env.kwargs)
     try:
         backend = getattr(env, "backend", None)

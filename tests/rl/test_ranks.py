@@ -163,3 +163,18 @@ def test_a_checkpoint_of_any_number_of_ranks_is_resumed_by_any(tmp_path: Path) -
                 assert found[0]["report"][key] == pytest.approx(expected[key], rel=1e-9)
             for name, value in last.items():
                 assert (found[0]["weights"][name] - value).abs().max() < 1e-9
+
+
+def halved(place: Place) -> tuple[list[list[float]], set[torch.dtype]]:
+    """Scores after a batch in bf16, and what the weights are kept in."""
+    x = learner(place, {"packing": "packed", "lr": 1e-4}, torch.float32)
+    x.step(some_rows(11))
+    return x.score(ROWS), {p.dtype for p in x.model.parameters()}
+
+
+@pytest.mark.slow
+def test_bf16_computes_in_it_and_keeps_fp32(tmp_path: Path) -> None:
+    one, kept = halved(Place())
+    for other, also in on_ranks(2, halved, tmp_path / "two", dtype="bf16"):
+        gaps = [abs(a - b) for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True)]
+        assert 1e-4 < max(gaps) < 0.5 and kept == also == {torch.float32}
