@@ -16,15 +16,17 @@ import torch
 Weights = Mapping[str, "np.ndarray[Any, Any] | torch.Tensor"]
 
 
-def state_of(model: torch.nn.Module) -> dict[str, np.ndarray[Any, Any]]:
+def state_of(model: torch.nn.Module, *, keep: bool = True) -> dict[str, np.ndarray[Any, Any]]:
     """Copies of all parameters as fp32 arrays on the CPU, tied ones once.
 
-    Parameters sharded by FSDP2 are gathered: a collective, so every rank has to call it.
+    Parameters sharded by FSDP2 are gathered: a collective, so every rank has to call it. Ranks that need no copy say
+    `keep=False`.
     """
     state = {}
     for name, parameter in model.named_parameters():
         whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        state[name] = whole.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
+        if keep:
+            state[name] = whole.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
     return state
 
 

@@ -131,8 +131,24 @@ class LearnConfig:
     minibatches: int = 2
     """Optimiser updates per batch."""
     max_tokens: int = 8192
-    """Padded positions of one micro-batch."""
+    """Positions of one micro-batch, padding included."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """Rows of a micro-batch one behind the other, kept apart by their positions, or padded side by side. "auto": packed
+    where variable-length attention exists (a GPU, in bf16); elsewhere padded, which is faster."""
+    ranks: int = 1
+    """Processes of the learner: each holds a share of weights, gradients and moments (FSDP2), and trains on a share of each
+    batch. Ray's: under `threads` there is one. A checkpoint can be resumed with another number."""
+    sequence_parallel: int = 1
+    """So many ranks hold the tokens of a micro-batch together (Ulysses), for rows too long for one; a divisor of `ranks` and
+    of the model's key-value heads. Rows are then packed, and `max_tokens` are those of all these ranks."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the learner computes; rank r takes GPU r."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What its matrix products are computed in; weights, gradients that are added up, and moments stay fp32."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of layers for the backward pass and compute the rest again: less memory, a third more work."""
     threads: int = 1
+    """Torch threads of a rank."""
     max_staleness: int | None = None
     """No token is trained on that was sampled more than this many versions before; left out: the preset's bound."""
     stale: Literal["wait", "drop"] = "wait"
@@ -203,6 +219,8 @@ class Config:
             ("rollout.group_size", self.rollout.group_size, 2),
             ("learn.groups_per_step", self.learn.groups_per_step, 1),
             ("learn.max_staleness", self.learn.row().max_staleness, 0),
+            ("learn.ranks", self.learn.ranks, 1),
+            ("learn.sequence_parallel", self.learn.sequence_parallel, 1),
             ("eval.tasks", self.eval.tasks, 1),
             ("eval.every", self.eval.every, 0),
             ("restarts", self.restarts, 0),
@@ -216,6 +234,20 @@ class Config:
             )
         if self.deterministic:
             self._refuse_chance()
+        if self.learn.ranks % self.learn.sequence_parallel:
+            raise ValueError(
+                f"learn.sequence_parallel={self.learn.sequence_parallel} does not divide learn.ranks={self.learn.ranks}; "
+                "give a divisor, or other ranks"
+            )
+        if self.learn.sequence_parallel > 1 and self.learn.packing == "padded":
+            raise ValueError(
+                f"learn.packing='padded' has no packs to split over learn.sequence_parallel={self.learn.sequence_parallel} "
+                "ranks; leave it at auto"
+            )
+        if self.learn.ranks > 1 and self.rollout.spawn == "threads":
+            raise ValueError(
+                f"learn.ranks={self.learn.ranks} are processes, and rollout.spawn='threads' has none; take ray, or one rank"
+            )
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name!r} is no directory name; use letters, digits, - and _")
         self._check_sources()

@@ -3,7 +3,7 @@
 What it is: `Learner.step` trains one batch (split into `minibatches` updates, each accumulated over micro-batches),
 publishes weights by version, scores sequences for the check against the engine, and saves and loads its whole state.
 
-What it does not do: one process and one device, no sharding and no critic; it neither filters trajectories nor computes
+What it does not do: no critic; it neither filters trajectories nor computes
 advantages (`rl/batch.py`); it knows no journal, and atomicity of checkpoints is `rl/checkpoint.py`'s.
 
 Words: the *version* counts batches trained, i.e. weights published; *updates* counts optimiser updates, which the
@@ -21,10 +21,10 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,14 +32,21 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from policy import models
 from policy.weights import state_of
+from rl import attention
 from rl.advantages import Algorithm, algorithm
 from rl.batch import MicroBatch, Row, microbatches
 from rl.losses import normaliser, policy_loss, token_logprobs
+from rl.packing import Padded
+from rl.ranks import Place, whole
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # saved and loaded without it, on purpose
+
+ALONE = Place()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,11 @@ class LearnerConfig:
     """Longest context of the recipe, tokens: the constant of `aggregation = "constant"`."""
     max_tokens: int = 8192
     """Most positions (padding included) of one micro-batch."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """How rows share a micro-batch (`rl/packing.py`). "auto": packed where variable-length attention exists, which needs a
+    GPU and bf16; elsewhere rows of like length padded, which is faster than attention under a mask."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of layers for the backward pass and compute the rest again."""
     threads: int = 1
     """Torch threads of this process; 0 leaves the setting alone."""
     seed: int = 0
@@ -127,13 +139,25 @@ class StepReport:
 class Learner:
     """One model, its optimiser and its counters."""
 
-    def __init__(self, config: LearnerConfig, model_dir: Path | str) -> None:
+    def __init__(self, config: LearnerConfig, model: PreTrainedModel | Path | str, place: Place = ALONE) -> None:
+        """`model`: a directory for `policy.models.load`, or a model that is the learner's own from now on. At a `place`
+        among ranks every method is a collective: all ranks call it, with the same arguments."""
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.config = config
+        self.config, self.place = config, place
         self.algorithm = config.row()
-        self.model = models.load(Path(model_dir))
+        self.model = models.load(Path(model)) if isinstance(model, str | Path) else model
         self.model.train()
+        packed = config.packing == "packed" or (config.packing == "auto" and (place.varlen or place.sequence > 1))
+        assert packed or place.sequence == 1, "padded rows can't be split"
+        self.sharing = place.sharing(packed=packed, pair_cost=_pair_cost(self.model))
+        if packed:
+            attention.check_heads(self.model.config.num_key_value_heads, place.sequence)
+            attention.use(self.model)
+        if config.checkpoint_activations:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.ranks = place.join()
+        self._forward = self.ranks.shard(self.model, _forward)
         self.optimizer = _optimizer(self.model, config)
         self.random = random.Random(config.seed)
         self.version = 0
@@ -171,27 +195,30 @@ class Learner:
 
     def _update(self, rows: Sequence[Row], report: StepReport, first: bool) -> None:
         """One optimiser update, accumulated over micro-batches."""
-        batches = microbatches(rows, self.config.max_tokens)
-        tokens = sum(b.action_tokens for b in batches)
+        tokens = sum(row.action_tokens for row in rows)
         if not tokens:
             return
+        batches = microbatches(rows, self.config.max_tokens, self.sharing)
         trajectories = len({row.trajectory or f"row {i}" for i, row in enumerate(rows)})
         divisor = normaliser(
             self.algorithm,
             action_tokens=tokens,
-            rows=sum(len(b.mask) for b in batches),
+            rows=sum(row.action_tokens > 0 for row in rows),
             trajectories=trajectories,
             context=self.config.context,
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss, metrics = 0.0, dict[str, float]()
+        sums = {"loss": 0.0, "positions": 0.0}
         for batch in batches:
-            part, seen = self._backward(batch, divisor)
-            loss += part
+            loss, seen = self._backward(batch, divisor)
+            sums["loss"] += loss
+            sums["positions"] += int(batch.inside.sum()) if self.sharing.packed else batch.inside.numel()
             for key, value in seen.items():
-                metrics[key] = metrics.get(key, 0.0) + value * batch.action_tokens / tokens
-            report.positions += batch.token_ids.numel()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
+                sums[key] = sums.get(key, 0.0) + value * batch.action_tokens / tokens
+        metrics = dict(zip(sums, self.ranks.total(list(sums.values())), strict=True))
+        loss = metrics.pop("loss")
+        report.positions += int(metrics.pop("positions"))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)))
         if not (np.isfinite(loss) and np.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
             report.skipped += 1
@@ -205,7 +232,7 @@ class Learner:
 
     def _backward(self, batch: MicroBatch, divisor: float) -> tuple[float, dict[str, float]]:
         """Forward and backward of one micro-batch; gradients add to those there."""
-        logprobs, entropy = self._logprobs(batch.token_ids, batch.targets, batch.mask)
+        logprobs, entropy = self._logprobs(batch.token_ids, batch.targets, batch.inside, batch.mask)
         loss, metrics = policy_loss(
             logprobs,
             batch.behaviour,
@@ -219,10 +246,15 @@ class Learner:
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach()), metrics
 
-    def _logprobs(self, token_ids: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B, T] ids -> log-probabilities and entropies of `targets`. Right padding needs no attention mask."""
-        hidden = self.model.model(input_ids=token_ids, use_cache=False).last_hidden_state
-        return token_logprobs(hidden, self.model.lm_head.weight, targets, mask)
+    def _logprobs(
+        self, token_ids: Tensor, targets: Tensor, inside: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[B, T] each -> log-probabilities and entropies of `targets`; `inside` is false at padding."""
+        device = self.ranks.device
+        layout = self.ranks.layout(inside.to(device), self.sharing.packed)
+        wanted = None if mask is None else mask.to(device)
+        logprobs, entropy = self._forward(layout, token_ids.to(device), targets.to(device), wanted)
+        return logprobs.cpu(), entropy.cpu()
 
     def _cpu(self) -> float:
         """CPU seconds: of this thread where it computes alone, else of the process."""
@@ -231,36 +263,39 @@ class Learner:
     # ------------------------------------------------------------------ weights and scores
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The weights of `version`, by parameter name, as copies."""
-        return state_of(self.model)
+        """The weights of `version`, by parameter name, as copies; nothing on ranks but the first."""
+        return state_of(self.model, keep=not self.place.rank)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (nats, temperature 1) of each token given those before it; 0.0 for the first. Nothing is
         cached."""
         out: list[list[float]] = [[0.0] * len(s) for s in sequences]
-        order = sorted((i for i, s in enumerate(sequences) if len(s) > 1), key=lambda i: len(sequences[i]))
-        for bunch in _bunches(order, [len(s) for s in sequences], self.config.max_tokens):
-            width = max(len(sequences[i]) for i in bunch)
-            ids = torch.zeros((len(bunch), width), dtype=torch.int64)
-            for row, i in enumerate(bunch):
-                ids[row, : len(sequences[i])] = torch.tensor(list(sequences[i]))
+        long = [i for i, s in enumerate(sequences) if len(s) > 1]
+        lengths = [len(sequences[i]) for i in long]
+        for bunch in self.sharing.mine(lengths, self.config.max_tokens):
+            rows = [torch.tensor(list(sequences[long[i]])) for i in bunch] or [torch.zeros(2, dtype=torch.int64)]
+            ids = pad_sequence(rows, batch_first=True)
+            inside = pad_sequence([torch.ones(len(row) - 1, dtype=torch.bool) for row in rows], batch_first=True)
             with torch.no_grad():
-                logprobs, _ = self._logprobs(ids[:, :-1], ids[:, 1:])
+                logprobs, _ = self._logprobs(ids[:, :-1], ids[:, 1:], inside)
             for row, i in enumerate(bunch):
-                out[i][1:] = logprobs[row, : len(sequences[i]) - 1].tolist()
-        return out
+                out[long[i]][1:] = logprobs[row, : lengths[i] - 1].tolist()
+        every = iter(self.ranks.total([x for scores in out for x in scores]))
+        return [[next(every) for _ in scores] for scores in out]
 
     # ------------------------------------------------------------------ state
 
     def export(self, directory: Path) -> None:
         """Write the model alone, in the form that `policy.models.load` reads."""
-        models.save(self.model, directory)
+        weights = None if self.ranks.alone else self.weights()
+        if not self.place.rank:
+            models.save(self.model, directory, weights)
 
     def save(self, directory: Path) -> None:
-        """Write weights, optimiser, counters and random state into `directory` (torch.distributed.checkpoint
-        shards)."""
+        """Write weights, optimiser, counters and random state into `directory` (torch.distributed.checkpoint shards); a
+        learner of any number of ranks can load it."""
         try:
-            state_dict_saver.save(self._state(), checkpoint_id=directory, no_dist=True)
+            state_dict_saver.save(self._state(), checkpoint_id=directory, no_dist=self.ranks.alone)
         except CheckpointException as error:  # no Exception
             raise OSError(f"{directory} can't be written: {_cause(error)}") from error
 
@@ -271,7 +306,7 @@ class Learner:
         """
         state = self._state()
         try:
-            state_dict_loader.load(state, checkpoint_id=directory, no_dist=True)
+            state_dict_loader.load(state, checkpoint_id=directory, no_dist=self.ranks.alone)
         except (CheckpointException, OSError) as error:
             raise ValueError(
                 f"checkpoint {directory}: the learner's state does not fit this model, or can't be read ({_cause(error)});"
@@ -293,6 +328,16 @@ def _cause(error: BaseException) -> str:
     """In one line, what the first rank failed for."""
     first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
     return (" ".join(str(first).split()) or type(first).__name__)[:300]
+
+
+def _forward(
+    model: PreTrainedModel, layout: Padded, token_ids: Tensor, targets: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `Learner._logprobs` gives; the one place where the model is called."""
+    ids, goals = layout.pack(token_ids), layout.pack(targets)
+    hidden = model.model(input_ids=ids, use_cache=False, **layout.arguments()).last_hidden_state
+    logprobs, entropy = token_logprobs(hidden, model.lm_head.weight, goals, None if mask is None else layout.pack(mask))
+    return layout.unpack(logprobs), layout.unpack(entropy)
 
 
 def _optimizer(model: torch.nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
@@ -334,12 +379,10 @@ def _merge(report: StepReport, loss: float, norm: float, tokens: int, metrics: d
             report.metrics[key] = report.metrics.get(key, 0.0) * (1 - share) + value * share
 
 
-def _bunches(order: Iterable[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices in order of length, cut so that length x count stays within `max_tokens` (one sequence at least)."""
-    bunches: list[list[int]] = []
-    for i in order:
-        if bunches and lengths[i] * (len(bunches[-1]) + 1) <= max_tokens:
-            bunches[-1].append(i)
-        else:
-            bunches.append([i])
-    return bunches
+def _pair_cost(model: PreTrainedModel) -> float:
+    """Operations of attention for a pair of tokens, relative to those of a token's matrix products: per layer 2 p for p
+    parameters, and 2 n d for n causal positions of width d, in layers without a window."""
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
+    share = kinds.count("full_attention") / len(kinds)
+    parameters = sum(p.numel() for p in model.model.layers.parameters()) / len(model.model.layers)
+    return float(share * model.config.hidden_size / parameters)

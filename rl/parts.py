@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import InfraError
@@ -16,7 +17,7 @@ from policy.renderer import Renderer
 from rl.admission import Budget
 from rl.config import Config
 from rl.gate import Gate
-from rl.spawn import Handle, spawn
+from rl.spawn import Handle, JointHandle, spawn
 from rl.worker import RolloutWorker
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def learner_settings(config: Config) -> LearnerConfig:
         minibatches=learn.minibatches,
         context=config.policy.max_context,
         max_tokens=learn.max_tokens,
+        packing=learn.packing,
+        checkpoint_activations=learn.checkpoint_activations,
         threads=learn.threads,
         seed=config.seed,
     )
@@ -147,13 +150,24 @@ class EnginePart:
 
 
 class LearnerPart:
-    """`Learner` as a part, with a ledger of what it does."""
+    """`Learner` as a part, or one rank of it, with a ledger of what it does."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, rank: int = 0, rendezvous: str = "") -> None:
+        """`rendezvous`: see `rl.ranks.Place`."""
         from rl.learner import Learner
         from rl.ledger import Ledger
+        from rl.ranks import Place
 
-        self.learner = Learner(learner_settings(config), config.model)
+        place = Place(
+            rank=rank,
+            ranks=config.learn.ranks,
+            sequence=config.learn.sequence_parallel,
+            device=config.learn.device,
+            dtype=config.learn.dtype,
+            rendezvous=rendezvous,
+            deadline=config.rollout.deadline,
+        )
+        self.learner = Learner(learner_settings(config), config.model, place)
         self.ledger = Ledger(["idle", "train", "publish", "checkpoint"])
 
     def step(self, rows: Any) -> dict[str, Any]:
@@ -190,7 +204,17 @@ class LearnerPart:
         return self.ledger.snapshot()
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Leave the other ranks; nothing outlives the process."""
+        self.learner.ranks.close()
+
+
+def start_learner(config: Config, directory: str) -> Handle:
+    """Start the learner: an actor per rank, which find one another through a file in `directory`."""
+    mode, ranks, rendezvous = config.rollout.spawn, config.learn.ranks, f"{directory}/rendezvous"
+    if ranks == 1:
+        return spawn(LearnerPart, config, 0, rendezvous, mode=mode, name="learner")
+    parts = [spawn(LearnerPart, config, rank, rendezvous, mode=mode, name=f"learner-{rank}") for rank in range(ranks)]
+    return JointHandle("learner", parts)
 
 
 def start_worker(config: Config, engine: Handle, index: int) -> Handle:
@@ -221,7 +245,8 @@ class Parts:
         """Start everything; errors as `await_start`."""
         self.config, mode, episodes = config, config.rollout.spawn, config.rollout.in_flight
         self.engine: Handle = spawn(EnginePart, config, mode=mode, name="engine", concurrency=episodes + 8)
-        self.learner: Handle = spawn(LearnerPart, config, mode=mode, name="learner")
+        self.meeting = TemporaryDirectory(prefix="codeworld-ranks-")
+        self.learner = start_learner(config, self.meeting.name)
         self.workers = [start_worker(config, self.engine, i) for i in range(config.rollout.workers)]
         await_start((self.engine, self.learner, *self.workers))
 
@@ -249,3 +274,4 @@ class Parts:
                 part.stop()
             except Exception:
                 continue
+        self.meeting.cleanup()

@@ -5,13 +5,14 @@
     engine.ask("generate", ids, sampling, episode, timeout=60)   → the answer
 
 The parts are plain classes that know nothing of this. A part that died, or whose answer is late, is `PartGone`.
+Parts that only work together (learner ranks) are one `JointHandle`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -114,6 +115,63 @@ class RayHandle:
         except Exception:  # a dead or deaf part is killed all the same
             pass
         self.kill()
+
+
+GRACE = 10.0
+"""Seconds that the other parts of a `JointHandle` have to answer when one of them failed."""
+
+
+class JointHandle:
+    """Parts that only work together, as one: every call goes to all of them, and the first part's answer is the answer.
+
+    When one fails, the others wait for it in vain: after `GRACE` all are killed, and the call ends in one error.
+    """
+
+    def __init__(self, name: str, parts: Sequence[Handle]) -> None:
+        self.name, self.parts = name, list(parts)
+        self._pool = ThreadPoolExecutor(16, thread_name_prefix=name)
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        """See `Handle.call`. Calls reach every part in the order in which they are made."""
+        calls = [part.call(method, *args) for part in self.parts]
+        return self._pool.submit(self._answer, calls)
+
+    def _answer(self, calls: list[Future[Any]]) -> Any:
+        done, others = wait(calls, return_when=FIRST_EXCEPTION)
+        if all(call.exception() is None for call in done):
+            return calls[0].result()
+        wait(others, timeout=GRACE)
+        errors = {p.name: c.exception() for p, c in zip(self.parts, calls, strict=True) if c.done() and c.exception()}
+        silent = [p.name for p, c in zip(self.parts, calls, strict=True) if not c.done()]
+        self.kill()
+        for kind in (InfraError, ValueError, AssertionError):  # what the others say follows from these
+            for error in errors.values():
+                if isinstance(error, kind):
+                    raise error
+        name, error = next(iter(errors.items()))
+        assert error is not None
+        if not silent:
+            raise error
+        said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise PartGone(f"{' and '.join(silent)} did not answer within {GRACE:g} seconds after {name} failed: {said}")
+
+    def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
+        """See `Handle.ask`."""
+        try:
+            return self.call(method, *args).result(timeout)
+        except FutureTimeout:
+            raise PartGone(f"{self.name} did not answer {method!r} within {timeout} seconds") from None
+
+    def kill(self) -> None:
+        """See `Handle.kill`."""
+        for part in self.parts:
+            part.kill()
+
+    def stop(self) -> None:
+        """All at once: leaving is a matter of all of them."""
+        with ThreadPoolExecutor(len(self.parts)) as pool:
+            list(pool.map(lambda part: part.stop(), self.parts))
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _translate(name: str, error: BaseException) -> BaseException:

@@ -6,6 +6,7 @@ The whole run on one page: read the recipe, take the run directory, start the pa
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,6 +96,7 @@ def check(config: Config) -> None:
     check_model(config)
     engine_settings(config)
     learner_settings(config)
+    _check_learner(config)
     curriculum(config)
     backends: set[str] = set()
     for source in config.environments:
@@ -108,6 +110,20 @@ def check(config: Config) -> None:
             env.close()
     if backends:
         print(f"sandboxes: {', '.join(sorted(backends))}", flush=True)
+
+
+def _check_learner(config: Config) -> None:
+    """The part of `check` that is about the learner's ranks."""
+    if config.learn.sequence_parallel > 1:
+        from rl.attention import check_heads
+
+        sizes = json.loads((config.model / "config.json").read_text())
+        check_heads(sizes["num_key_value_heads"], config.learn.sequence_parallel)
+    if config.learn.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("learn.device='cuda', and torch sees no GPU here; take cpu, or a host that has one")
 
 
 def train(config: Config, *, resume: bool = False) -> str:

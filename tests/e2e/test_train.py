@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -183,6 +184,28 @@ def test_a_dead_rollout_worker_is_replaced(tmp_path):
         for line in path.read_text().splitlines():
             trajectory = Trajectory.from_json(line)
             assert trajectory.outcome != "infra" or trajectory.reward is None
+
+
+@pytest.mark.slow
+def test_a_dead_learner_rank_ends_the_run_and_another_number_resumes_it(tmp_path):
+    log = tmp_path / "log"
+    ranks = ("--learn.ranks=2", "--checkpoint_every=1", "--eval.every=0")
+    with log.open("w") as handle:
+        process = subprocess.Popen(command("--steps=30", *ranks, runs=tmp_path), stdout=handle, stderr=handle)
+    wait_for(log, "step 2/30", process)
+    found = [pid for pid, _ in tree(process.pid) if "ray::LearnerPart" in command_line(pid)]
+    assert len(found) == 2
+    os.kill(found[-1], signal.SIGKILL)
+    assert process.wait(120) == 1, log.read_text()[-3000:]
+    assert re.search(
+        r"\nerror: the run stopped: learner-\d is gone or late: \w+; go on with --resume\n", log.read_text()
+    )
+    assert "Traceback" not in log.read_text()
+    assert not [pid for pid in found if command_line(pid)]
+    reached = max(r["step"] for r in rows(tmp_path / "tiny", "step"))
+    done = train(f"--steps={reached + 2}", "--learn.ranks=1", "--resume", runs=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(finished(tmp_path / "tiny")["trained"]) == 3 * (reached + 2)
 
 
 MISTAKES = {

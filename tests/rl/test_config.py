@@ -53,6 +53,8 @@ def test_overrides():
             "deterministic=true",
             r"rollout.in_flight=96, learn.max_staleness=2 weights depend on time; give --rollout.wor",
         ),
+        ("learn.ranks=0", r"learn.ranks=0 is too small; give at least 1"),
+        ("learn.sequence_parallel=2", r"learn.sequence_parallel=2 does not divide learn.ranks=1; give a divisor"),
         ("steps.x=1", r"'steps' is a value, not a section"),
     ],
 )
@@ -87,3 +89,8 @@ def test_staleness_is_the_recipes_or_the_presets():
 
 def test_the_laptop_run_keeps_32_episodes_in_flight():
     assert load(ROOT / "rl/recipes/tiny.toml").rollout.in_flight >= 32
+
+
+def test_threads_have_no_ranks():
+    with pytest.raises(ValueError, match=r"learn.ranks=2 are processes, and rollout.spawn='threads' has none; [^\n]*$"):
+        load(ROOT / "rl/recipes/tiny.toml", ["learn.ranks=2", "rollout.spawn=threads"])
