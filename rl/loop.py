@@ -39,7 +39,7 @@ from rl.config import Config
 from rl.curriculum import Exhausted, Pick, curriculum
 from rl.parts import Parts
 from rl.record import Record
-from rl.spawn import Handle
+from rl.spawn import Handle, PartGone
 from rl.staleness import Staleness
 from rl.worker import Order
 
@@ -96,7 +96,7 @@ class Loop:
         self.evaluations: dict[str, _Evaluation] = {}
         self.infra = self.dropped = 0
         self.lost = 0  # episodes in a row
-        self.due: dict[Future[Trajectory], tuple[float, Handle]] = {}
+        self.due: dict[Future[Any], tuple[float, Handle | None]] = {}  # oldest first; the worker, of an episode
         self.load = [0] * len(parts.workers)
         self.measured = -math.inf
         self.learning = False
@@ -140,6 +140,7 @@ class Loop:
         except queue.Empty:
             self.record.view(self)
             return
+        self.due.pop(future, None)
         handler(context, future)
 
     # ------------------------------------------------------------------ feed and roll out
@@ -191,18 +192,22 @@ class Loop:
         at = min(range(len(self.load)), key=self.load.__getitem__)
         worker = self.parts.workers[at]
         self.load[at] += 1
-        future = worker.call("play", order)
-        self.due[future] = (time.monotonic() + self.deadline, worker)
-        self._after(future, self.played, (order, at, worker))
+        self._after(worker.call("play", order), self.played, (order, at, worker), worker)
 
     def expire(self) -> None:
-        """Kill a worker whose oldest episode is past its deadline: it hangs. What it played comes back to `played` as lost."""
-        now = time.monotonic()
-        if self.due:
-            future, (deadline, worker) = next(iter(self.due.items()))
-            if deadline < now:
-                del self.due[future]
-                worker.kill()
+        """Kill a worker whose oldest episode is past its deadline: it hangs. What it played comes back to `played` as lost.
+        `PartGone` where it is the engine or the learner."""
+        if not self.due:
+            return
+        future, (deadline, worker) = next(iter(self.due.items()))
+        if deadline >= time.monotonic():
+            return
+        if worker is None:
+            raise PartGone(
+                f"engine or learner gave no answer within rollout.deadline={self.deadline:g} seconds; raise it where they need longer"
+            )
+        del self.due[future]
+        worker.kill()
 
     def _cancel(self, order: Order) -> None:
         self.parts.engine.call("cancel", order.episode)
@@ -216,7 +221,10 @@ class Loop:
                 self.parts.engine.call("load"), lambda at, load: self.admission.measured(load.result(), at), now
             )
 
-    def _after(self, future: Future[Any], handler: Callable[..., None], context: Any = None) -> None:
+    def _after(
+        self, future: Future[Any], handler: Callable[..., None], context: Any = None, worker: Handle | None = None
+    ) -> None:
+        self.due[future] = (time.monotonic() + self.deadline, worker)
         future.add_done_callback(lambda done: self.inbox.put((handler, context, done)))
 
     # ------------------------------------------------------------------ batch
@@ -224,7 +232,6 @@ class Loop:
     def played(self, context: tuple[Order, int, Any], future: Future[Trajectory]) -> None:
         """An episode ended: retry it if the infrastructure failed, else put it where it belongs. Surplus belongs nowhere."""
         order, at, worker = context
-        self.due.pop(future, None)
         self.load[at] -= 1
         try:
             trajectory = future.result()
@@ -325,7 +332,7 @@ class Loop:
     def compare(self, context: tuple[int, Future[list[list[float]]]], future: Future[list[list[float]]]) -> None:
         """Engine and learner must agree on the probes, or the run stops."""
         version, scores = context
-        parity = parity_of(future.result(), scores.result(), version)
+        parity = parity_of(future.result(), scores.result(300), version)
         self.learning = False
         self.record.parity(self, parity)
         self.evaluate()

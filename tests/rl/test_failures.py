@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import subprocess
+import threading
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -28,6 +30,7 @@ from rl.journal import Journal
 from rl.learner import Learner, LearnerConfig
 from rl.loop import Loop
 from rl.record import Record
+from rl.spawn import PartGone
 
 
 def trained(directory):
@@ -130,6 +133,26 @@ def test_a_dead_engine_ends_the_run_at_once(tmp_path, monkeypatch):
     batches = trained(config.directory)
     assert [len(batch) for batch in batches] == [8, 8]
     assert all(t.reward is not None and t.outcome != "infra" for batch in batches for t in batch)
+
+
+def test_a_learner_that_hangs_is_as_good_as_dead(tmp_path, monkeypatch):
+    over, learn = threading.Event(), Loop.learn
+
+    class Hangs(Chain):
+        def step(self, rows):
+            over.wait(60)
+
+    def soon(self):
+        self.deadline = 0.5
+        learn(self)
+        self.deadline = math.inf
+
+    monkeypatch.setattr(parts, "EnginePart", Mouth)
+    monkeypatch.setattr(parts, "LearnerPart", Hangs)
+    monkeypatch.setattr(Loop, "learn", soon)
+    with pytest.raises(PartGone, match=r"no answer within rollout.deadline=\S+ seconds"):
+        train.train(walk(tmp_path, 0, 1, "wait", 2))
+    over.set()
 
 
 class Sleeper(parts.EnginePart):
