@@ -38,7 +38,7 @@ def test_overrides():
         ("rollout.group_size=1", r"group_size=1 is too small; give at least 2"),
         ("eval.tasks=0", r"eval.tasks=0 is too small"),
         ("learn.algorithm=grpoo", r"learn: algorithm='grpoo' is unknown; .*Did you mean 'grpo'"),
-        ("learn.algorithm=ppo", r"learn: algorithm='ppo' has baseline='critic', .* has no critic yet; take a preset"),
+        ("learn.critic_warmup_steps=5", r"learn.critic_warmup_steps=5: learn.algorithm='cwm' has no critic; leave"),
         ("learn.overrides.bound=clips", r"learn: algorithm 'cwm': bound='clips' is none of clip, clip_weight"),
         ("name=a/b", r"name='a/b' is no directory name"),
         ("steps", r"override 'steps' is not of the form"),
