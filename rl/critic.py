@@ -42,14 +42,14 @@ class ValueModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         """`model`: its trunk is taken, its head left behind."""
         super().__init__()
-        self.trunk = model.model
+        self.model = model.model
         self.head = nn.Linear(model.config.hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[B, T] ids → [B, T] values: the return to be expected when the tokens up to there have been read."""
-        hidden = self.trunk(input_ids=token_ids, use_cache=False).last_hidden_state
+        hidden = self.model(input_ids=token_ids, use_cache=False).last_hidden_state
         values: Tensor = self.head(hidden).squeeze(-1)
         return values
 
