@@ -14,13 +14,14 @@ import pytest
 from envs.__main__ import main
 from envs.sandbox import make_backend
 from envs.sandbox.base import FileChange
+from envs.sandbox.helper import cache_dir
 from envs.swe import assemble
 from envs.swe.assemble import chosen
-from envs.swe.build import _Builder, parse_plan, parse_sources
+from envs.swe.build import Plan, _Builder, build, parse_plan, parse_sources
 from envs.swe.grading import grade
 from envs.swe.ledger import Ledger
 from envs.swe.validate import count, gold_changes, validate, validate_set
-from envs.task import load_tasks
+from envs.task import load_tasks, save_tasks
 from tests.envs.gitrepo import commit, git
 from tests.envs.wheelhouse import TESTING, rewheel
 
@@ -154,6 +155,29 @@ def test_a_second_run_decides_nothing_again(built, shop):
     assert time.monotonic() - began < 60
 
 
+def test_a_task_is_in_the_set_as_soon_as_it_is_proved(built, shop, tmp_path, native, monkeypatch):
+    subprocess.run(["cp", "-r", f"{built}/.", tmp_path], check=True)
+    whole = load_tasks(built)
+    (tmp_path / "tasks.jsonl").unlink()
+    fates = _Builder._fates
+
+    def killed(self, name, repository):
+        for fate in fates(self, name, repository):
+            yield fate
+            if fate.task:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Builder, "_fates", killed)
+    plan = Plan(maker="mutate", count=2)
+    with pytest.raises(KeyboardInterrupt):
+        build([str(shop)], plan, tmp_path, native, cache=cache_dir() / "sources")
+    assert load_tasks(tmp_path) == whole[:1]
+    with pytest.raises(KeyboardInterrupt):  # nor does a set lose what it had when it is built again
+        save_tasks(whole, tmp_path)
+        build([str(shop)], plan, tmp_path, native, cache=cache_dir() / "sources")
+    assert load_tasks(tmp_path) == whole
+
+
 def test_a_set_shrinks_and_grows_and_survives_a_source_that_fails(built, shop, native, tmp_path, capsys):
     subprocess.run(["cp", "-r", f"{built}/.", tmp_path], check=True)
 
@@ -261,6 +285,20 @@ def test_a_bug_that_takes_long_to_notice_is_no_task(offline, shop, tmp_path, mon
     )
     outcomes = {row["outcome"] for row in json.loads((tmp_path / "j").read_text())["tasks"]}
     assert "slow" in outcomes and "task" not in outcomes
+
+
+@pytest.mark.slow
+def test_slow_tests_are_neither_run_nor_expected_nor_shown(offline, tmp_path, native, monkeypatch, capsys):
+    """With the bug the slow test would fail, too: whoever could see it would be told what the statement does not say."""
+    monkeypatch.setattr("envs.swe.discovery.SLOW", 1.5)
+    slow = b"\n\ndef test_slow():\n    import time\n\n    time.sleep(3)\n    assert shop.total([2, 3]) == 5 and shop.cheapest([2, 3]) == 2\n"
+    commit(tmp_path / "shop", {"shop.py": SHOP, "test_shop.py": TESTS + slow})
+    command = ["build", "--from", str(tmp_path / "shop"), "--tasks", "mutate:1", "--out", str(tmp_path / "t")]
+    assert main(command) == 0 and "1 slow left out" in capsys.readouterr().out
+    (task,) = load_tasks(tmp_path / "t")
+    assert not [test for test in task.grader.expected if "test_slow" in test]
+    with native.create(base=task.base, workdir=task.workdir) as box:
+        assert b"test_slow" not in box.read("test_shop.py") and b"def test_" in box.read("test_shop.py")
 
 
 def test_flaky_tests_of_a_suite_are_written_down_once(tmp_path):
