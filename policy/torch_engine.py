@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from envs.errors import InfraError, Unsupported
+from policy import lora
 from policy import weights as weights_of
 from policy.completion import Completion, Sampling, digest
 from policy.decoder import Decoder, Row, draw
@@ -103,6 +104,7 @@ class TorchEngine:
             raise Unsupported(f"engine.device={self.config.device!r}, but torch finds no CUDA device here; use cpu")
         self._decoder = Decoder(model, self.config.slots, self.config.max_context, self.config.device)
         self._version = version
+        self._base: Mapping[str, torch.Tensor] | None = None
         self._slots: Slots[_Request] = Slots(self.config.slots)
         self._running: list[Slot[_Request]] = []
         self._waiting: list[_Request] = []
@@ -149,15 +151,17 @@ class TorchEngine:
             pass
 
     def publish(self, version: int, weights: Weights, recompute: bool = False) -> None:
-        """Swap the weights between two decode steps; blocks until they sample.
+        """Swap the weights between two decode steps; blocks until they sample. Adapters (`policy.lora`) are merged first.
 
         Running episodes go on and keep the KV that older weights made; with `recompute` all KV is made anew.
         ValueError for names, shapes or values that don't fit, or for a version older than the current one.
         """
+        weights, base = lora.resolve(weights, self._base, self._decoder.weights)
         weights_of.check_fit(weights, {k: v.shape for k, v in self._decoder.weights.items()}, f"version {version}")
         if version < self._version:
             raise ValueError(f"version {version} is older than the engine's {self._version}; publish in order")
         self._inbox.ask("publish", self._swap, version, weights, recompute)
+        self._base = base
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (nats, temperature 1) of each token given those before it; 0.0 for the first.

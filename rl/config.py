@@ -7,6 +7,7 @@ episodes in flight.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import tomllib
@@ -117,7 +118,7 @@ class LearnConfig:
     """How the policy is updated."""
 
     algorithm: str = "cwm"
-    """A preset of `rl/advantages.py`: grpo, cwm, dapo, dr_grpo, gspo, cispo, rloo or reinforce++."""
+    """A preset of `rl/advantages.py`: grpo, cwm, dapo, dr_grpo, gspo, cispo, rloo, reinforce++ or ppo."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the preset to replace (`rl.advantages.Algorithm`), e.g. `--learn.overrides.clip_high=0.28`."""
     groups_per_step: int = 16
@@ -128,6 +129,15 @@ class LearnConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     grad_clip: float = 1.0
+    critic_lr: float | None = None
+    """Learning rate of the critic, constant; left out: `lr`. For algorithms with a critic (ppo) alone."""
+    critic_warmup_steps: int = 0
+    """Batches, from the first one on, in which only the critic learns."""
+    lora_rank: int = 0
+    """Train adapters of this rank on all linear layers (`policy/lora.py`), which alone travel to the engine; 0 trains all
+    weights. Needs peft."""
+    lora_alpha: float = 32.0
+    """Adapters are scaled by lora_alpha / lora_rank."""
     minibatches: int = 2
     """Optimiser updates per batch."""
     max_tokens: int = 8192
@@ -157,7 +167,23 @@ class LearnConfig:
     """"shuffle" permutes the advantages of each batch: the negative control."""
 
     def __post_init__(self) -> None:
-        self.row()
+        if self.row().baseline != "critic" and (self.critic_lr is not None or self.critic_warmup_steps):
+            raise ValueError(
+                f"learn.critic_lr={self.critic_lr}, learn.critic_warmup_steps={self.critic_warmup_steps}: "
+                f"learn.algorithm={self.algorithm!r} has no critic; leave them out, or take 'ppo'"
+            )
+        if self.critic_warmup_steps < 0 or (self.critic_lr is not None and self.critic_lr <= 0):
+            raise ValueError(
+                f"learn.critic_lr={self.critic_lr}, learn.critic_warmup_steps={self.critic_warmup_steps}: the rate must be "
+                "positive, the steps 0 or more"
+            )
+        if self.lora_rank < 0 or self.lora_alpha <= 0:
+            raise ValueError(
+                f"learn.lora_rank={self.lora_rank}, learn.lora_alpha={self.lora_alpha}: give a rank of 0 (off) or more, and "
+                "a positive alpha"
+            )
+        if self.lora_rank and importlib.util.find_spec("peft") is None:
+            raise ValueError(f"learn.lora_rank={self.lora_rank} needs the package peft; pip install peft, or give 0")
 
     def row(self) -> Algorithm:
         """The preset with what this recipe replaces."""
@@ -227,6 +253,11 @@ class Config:
         ):
             if value < least:
                 raise ValueError(f"{name}={value} is too small; give at least {least}")
+        if self.learn.critic_warmup_steps >= self.steps:
+            raise ValueError(
+                f"learn.critic_warmup_steps={self.learn.critic_warmup_steps} leaves none of steps={self.steps} to the policy; "
+                "lower it"
+            )
         if 0 < self.admission.kv_tokens < self.policy.max_context:
             raise ValueError(
                 f"admission.kv_tokens={self.admission.kv_tokens} holds no episode of policy.max_context={self.policy.max_context} "
@@ -238,6 +269,11 @@ class Config:
             raise ValueError(
                 f"learn.sequence_parallel={self.learn.sequence_parallel} does not divide learn.ranks={self.learn.ranks}; "
                 "give a divisor, or other ranks"
+            )
+        if self.learn.ranks > 1 and (self.learn.lora_rank or self.learn.row().baseline == "critic"):
+            raise ValueError(
+                f"learn.ranks={self.learn.ranks} shard neither adapters (learn.lora_rank={self.learn.lora_rank}) nor a critic "
+                f"(learn.algorithm={self.learn.algorithm!r}); take one rank, or leave those out"
             )
         if self.learn.sequence_parallel > 1 and self.learn.packing == "padded":
             raise ValueError(

@@ -75,12 +75,17 @@ def learner_settings(config: Config) -> LearnerConfig:
     from rl.learner import LearnerConfig
 
     learn = config.learn
+    updates = max(1, config.steps - learn.critic_warmup_steps) * learn.minibatches
     return LearnerConfig(
         algorithm=learn.algorithm,
         overrides=dict(learn.overrides),
         lr=learn.lr,
         warmup_steps=learn.warmup_steps,
-        decay_updates=config.steps * learn.minibatches if learn.schedule == "linear" else 0,
+        decay_updates=updates if learn.schedule == "linear" else 0,
+        critic_lr=learn.critic_lr,
+        critic_warmup_steps=learn.critic_warmup_steps,
+        lora_rank=learn.lora_rank,
+        lora_alpha=learn.lora_alpha,
         weight_decay=learn.weight_decay,
         grad_clip=learn.grad_clip,
         minibatches=learn.minibatches,
