@@ -99,4 +99,4 @@ def test_threads_have_no_ranks():
 def test_ranks_shard_neither_a_critic_nor_adapters():
     for change in ("learn.algorithm=ppo", "learn.lora_rank=4"):
         with pytest.raises(ValueError, match=r"learn.ranks=2 shard neither adapters .* take one rank"):
-            load(TINY, ["learn.ranks=2", change])
+            load(ROOT / "rl/recipes/tiny.toml", ["learn.ranks=2", change])
