@@ -11,13 +11,15 @@ from typing import Any
 
 from envs.errors import check_output, user_errors
 
-SYSTEMS = ("attacker", "grading", "learning", "sandbox", "selfcheck", "soak")
+SYSTEMS = ("attacker", "grading", "honesty", "learning", "loop", "sandbox", "selfcheck", "soak")
 EXAMPLE = """
 examples:
   python -m benchmarks systems learning --seeds 3 --json learning.json
   python -m benchmarks systems learning --seeds 1 --tasks 100 --table
   python -m benchmarks systems attacker --seeds 3 --json attacker.json --markdown attacker.md
   python -m benchmarks systems grading --json grading.json
+  python -m benchmarks systems honesty --json honesty.json
+  python -m benchmarks systems loop --json loop.json
   python -m benchmarks systems selfcheck --backend native --json selfcheck.json
   python -m benchmarks systems soak --live 500 --episodes 200 --json soak.json
   python -m benchmarks systems sandbox --quick --no-peers

@@ -12,12 +12,13 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from envs.fields import build
 from rl.admission import Limits
 from rl.advantages import Algorithm, algorithm
 
+Tracker = Literal["tensorboard", "wandb"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -139,6 +140,9 @@ class Config:
     checkpoint_every: int = 10
     """Steps between checkpoints; one is written at the end and on Ctrl-C as well."""
     keep_checkpoints: int = 2
+    track: tuple[Tracker, ...] = ("tensorboard",)
+    """Where metrics go besides `metrics.jsonl`. "wandb" needs the package and a login, or WANDB_MODE=offline; WANDB_PROJECT
+    names the project, by default codeworld."""
     keep_trajectories: bool = True
     """Write every trained trajectory to `trajectories/` (token ids, masks, log-probs, versions)."""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -161,6 +165,8 @@ class Config:
         ):
             if value < least:
                 raise ValueError(f"{name}={value} is too small; give at least {least}")
+        if unknown := [name for name in self.track if name not in get_args(Tracker)]:
+            raise ValueError(f"track={unknown[0]!r} is unknown; known are {', '.join(get_args(Tracker))}")
         if 0 < self.admission.kv_tokens < self.policy.max_context:
             raise ValueError(
                 f"admission.kv_tokens={self.admission.kv_tokens} holds no episode of policy.max_context={self.policy.max_context} "

@@ -15,6 +15,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path.append(str(Path.cwd()))  # --env.id=mymodule:MyEnv, from the folder that holds it
 
 from envs.errors import InfraError, user_errors
+from rl import metrics
 from rl.config import Config, dump, load
 
 if TYPE_CHECKING:
@@ -79,11 +80,12 @@ def again(recipe: Path, overrides: list[str]) -> Config:
 
 
 def check(config: Config) -> None:
-    """Fail in one line, before any process starts, for what can be known here: env, splits, backend, model."""
+    """Fail in one line, before any process starts, for what can be known here: env, splits, backend, model, trackers."""
     from envs.registration import make
     from policy.renderer import Renderer
 
     Renderer(config.model)
+    metrics.check(config.track)
     env = make(config.env.id, **config.env.kwargs)
     try:
         backend = getattr(env, "backend", None)

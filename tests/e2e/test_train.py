@@ -98,7 +98,8 @@ def test_parity_and_ledger_are_in_the_record(run):
     directory, _ = run
     assert all(0 <= r["parity"] <= 1e-4 for r in rows(directory, "step"))
     (end,) = rows(directory, "end")
-    assert set(end["ledgers"]) == {"engine", "episodes", "learner"}
+    assert set(end["ledgers"]) == {"engine", "episodes", "learner", "loop"}
+    assert end["unexplained"] <= 0.01 and "labels miss the wall clock by 0." in end["summary"]
     for part, labels in end["ledgers"].items():
         assert sum(labels.values()) == pytest.approx(end["wall"] * (16 if part == "episodes" else 1), rel=0.02), part
         assert labels["wait_start"] < 0.9 * sum(labels.values())
