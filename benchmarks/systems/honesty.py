@@ -41,6 +41,9 @@ class Delay:
 
 DELAYS = {
     "boot": Delay("benchmarks.systems.waits:Turns.reset", 0.5, "episodes", "reset", "episodes"),
+    "boot, construction": Delay(
+        "benchmarks.systems.waits:Turns.__init__", 0.5, "episodes", "reset", "episodes", skip=SIZES["slots"]
+    ),
     "tool": Delay("benchmarks.systems.waits:Turns.step", 0.2, "episodes", "env", "episodes"),
     "engine stall": Delay("policy.decoder:Decoder.step", 0.05, "engine", "decode", "engine"),
     "publish, in the engine": Delay("policy.decoder:Decoder.load", 0.6, "engine", "swap", "engine", skip=1),
