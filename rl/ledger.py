@@ -101,29 +101,28 @@ class Account:
     def __init__(self, began: float, clocks: int = 1) -> None:
         """began: start of the run on `time.monotonic`. clocks: ledgers whose snapshots each part merges."""
         self.began, self.clocks = began, clocks
-        self._told: dict[str, tuple[float, Seconds]] = {}
+        self._told: dict[str, tuple[int, float, Seconds]] = {}
         self._past: dict[str, float] = {}
 
-    def tell(self, part: str, seconds: Seconds, now: float) -> None:
+    def tell(self, part: str, seconds: Seconds, now: float, process: int = 0) -> None:
         """The snapshot of a part, which came at `now`.
 
-        Of a part's first the rest since the run began is `wait_start`. Seconds that became fewer are a new part's: those
-        of the old one stay, and what passed since its last snapshot without a clock is `lost`.
+        Of its first one the rest since the run began is `wait_start`. Another `process` is a new part in its place: the
+        seconds of the old one stay, and what passed since its last snapshot without a clock is `lost`.
         """
-        when, before = self._told.get(part, (self.began, {}))
-        told = sum(seconds.values())
-        if not before or told < sum(before.values()):
-            gap = max(0.0, self.clocks * (now - when) - told)
+        known, when, before = self._told.get(part, (process, self.began, {}))
+        if not before or process != known:
+            gap = max(0.0, self.clocks * (now - when) - sum(seconds.values()))
             self._past = merge([self._past, before, {"lost" if before else "wait_start": gap}])
-        self._told[part] = (now, seconds)
+        self._told[part] = (process, now, seconds)
 
     def seconds(self) -> dict[str, float]:
         """Label -> seconds, all parts and clocks together."""
-        return merge([self._past, *(seconds for _, seconds in self._told.values())])
+        return merge([self._past, *(seconds for _, _, seconds in self._told.values())])
 
     def unexplained(self) -> float:
         """Share of the wall clock, up to each part's last snapshot, by which the labels miss it in either direction."""
-        wall = self.clocks * sum(when - self.began for when, _ in self._told.values())
+        wall = self.clocks * sum(when - self.began for _, when, _ in self._told.values())
         return abs(1 - sum(self.seconds().values()) / wall) if wall else 0.0
 
 

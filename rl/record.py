@@ -180,7 +180,9 @@ class Record:
         """Let every part say where its time went; returns the engine's statistics."""
         stats = self.parts.stats()
         for name, (said, when) in stats.items():
-            self.accounts["episodes" if name.startswith("worker") else name].tell(name, said["seconds"], when)
+            self.accounts["episodes" if name.startswith("worker") else name].tell(
+                name, said["seconds"], when, said.get("pid", 0)
+            )
         return stats["engine"][0] if "engine" in stats else {}
 
     def ledgers(self, loop: Loop) -> dict[str, dict[str, float]]:

@@ -141,7 +141,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for name, arm in ARMS.items():
             sync, overlapped = play(arm, 0, args.steps), play(arm, arm.staleness, args.steps)
             pairs[name].append((sync, overlapped))
-            print(f"loop: {name}, pair {number + 1}: {sync.seconds:.1f} s, {overlapped.seconds:.1f} s", flush=True)
+            for kind, ran in (("sync", sync), ("async", overlapped)):
+                print(f"{name}, pair {number + 1}, {kind}: {ran.seconds:.1f} s, {ran.bottleneck}", flush=True)
     return {"rows": [r for name, done in pairs.items() for r in rows(name, done)]}
 
 

@@ -176,6 +176,8 @@ def test_a_dead_rollout_worker_is_replaced(tmp_path):
     assert process.wait(200) == 0, log.read_text()[-3000:]
     last = rows(tmp_path / "tiny", "step")[-1]
     assert last["step"] == 8 and last["infra"] >= 1
+    (end,) = rows(tmp_path / "tiny", "end")
+    assert end["unexplained"] <= 0.01 and end["ledgers"]["episodes"]["lost"] > 0
     assert any(r["mixed"] > 0 for r in rows(tmp_path / "tiny", "step")), "no trajectory saw two versions"
     assert any(r["engine_busy"] + r["learner_busy"] > 1.05 for r in rows(tmp_path / "tiny", "step")), "no overlap"
     for path in (tmp_path / "tiny" / "trajectories").iterdir():

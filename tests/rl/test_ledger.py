@@ -136,18 +136,19 @@ def test_an_area_by_hand() -> None:
 
 
 def test_an_account_is_settled_with_the_wall_clock() -> None:
-    """Two clocks a part. One part is there 3 s after the start; one dies: it had 8 s to tell of 10, and 2 s passed without it."""
+    """Two clocks a part. It is there 3 s after the start; its process dies, and the one in its
+    place has clocks for 10 of the 15 s since the last word."""
     account = Account(100.0, clocks=2)
     account.tell("worker-0", {"idle": 1.0, "env": 3.0}, 105.0)  # 4 of 10: its clocks began 3 s late
     assert account.seconds() == {"wait_start": 6, "idle": 1, "env": 3} and account.unexplained() == 0
     account.tell("worker-0", {"idle": 1.0, "env": 13.0}, 110.0)
     assert account.seconds() == {"wait_start": 6, "idle": 1, "env": 13} and account.unexplained() == 0
-    account.tell("worker-0", {"idle": 6.0, "env": 0.0}, 115.0)  # another process: 4 of 10 are nobody's
-    assert account.seconds() == {"wait_start": 6, "idle": 7, "env": 13, "lost": 4} and account.unexplained() == 0
-    account.tell("worker-1", {"idle": 30.0}, 115.0)
-    assert sum(account.seconds().values()) == 2 * 2 * 15 and account.unexplained() == 0
-    account.tell("worker-1", {"idle": 38.0}, 120.0)  # 8 of 10: a clock that stands still does not pass unseen
-    assert account.unexplained() == pytest.approx(2 / (2 * (15 + 20)))
+    account.tell("worker-0", {"idle": 20.0, "env": 0.0}, 125.0, 7)  # another process: 10 of 30 are nobody's
+    assert account.seconds() == {"wait_start": 6, "idle": 21, "env": 13, "lost": 10} and account.unexplained() == 0
+    account.tell("worker-1", {"idle": 50.0}, 125.0)
+    assert sum(account.seconds().values()) == 2 * 2 * 25 and account.unexplained() == 0
+    account.tell("worker-1", {"idle": 58.0}, 130.0)  # 8 of 10: a clock that stands still does not pass unseen
+    assert account.unexplained() == pytest.approx(2 / (2 * (25 + 30)))
     assert Account(0.0).unexplained() == 0
 
 
