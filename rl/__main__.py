@@ -1,4 +1,4 @@
-"""`python -m rl sft`: fine-tune on trajectories: the committed warm start, or a run's own resolved episodes."""
+"""`python -m rl (sft|bootstrap|rates)`: fine-tune on trajectories, repeat RL and SFT, measure solve rates of tasks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import json
 import sys
 from pathlib import Path
 
-from envs.errors import user_errors
+from envs.errors import check_output, user_errors
 
 EXAMPLE = """
 examples:
   python -m rl sft --out policy/cwm_tiny                     rebuild the committed warm start (seed 0)
   python -m rl sft --from runs/tiny --out runs/tiny/sft      rejection sampling: the run's resolved trajectories
+  python -m rl bootstrap rl/recipes/tiny_bootstrap.toml --rounds 2      RL, rejection sampling, SFT; RL from there, ...
+  python -m rl rates MY_RECIPE.toml --samples 8 --out rates.jsonl       for env.rates and env.window of a recipe
+Fields of a recipe are set as --section.key=value. Exit status: 0 done, 1 stopped by a failure, 2 can't be run as asked.
 """
 
 
@@ -21,16 +24,26 @@ GIVEN = ("episodes", "drills", "comebacks", "inspections", "probe_weight", "epoc
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; its defaults are those of the committed warm start."""
-    from rl.sft import WarmStart
-
+    """The command line."""
     p = argparse.ArgumentParser(
         "python -m rl", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = p.add_subparsers(dest="command", required=True)
-    sft = commands.add_parser(
-        "sft", help="supervised fine-tuning", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    for name, what, options in (
+        ("sft", "supervised fine-tuning", _sft),
+        ("bootstrap", "rounds of RL, rejection sampling and SFT; run it again to go on", _bootstrap),
+        ("rates", "measure the solve rates of training tasks", _rates),
+    ):
+        options(
+            commands.add_parser(name, help=what, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+        )
+    return p
+
+
+def _sft(sft: argparse.ArgumentParser) -> None:
+    """The options of `sft`; their defaults are those of the committed warm start."""
+    from rl.sft import WarmStart
+
     sft.add_argument("--out", type=Path, required=True, help="model directory to write")
     sft.add_argument("--from", dest="run", type=Path, help="a run directory whose resolved trajectories are imitated")
     sft.add_argument(
@@ -51,14 +64,49 @@ def parser() -> argparse.ArgumentParser:
     sft.add_argument(
         "--work", type=Path, default=Path("runs/sft"), help="where expert episodes are collected (default: %(default)s)"
     )
-    return p
+
+
+def _bootstrap(p: argparse.ArgumentParser) -> None:
+    p.add_argument("recipe", help="a TOML file; `steps` is the length of each round's RL, `eval.tasks` are held out")
+    p.add_argument("--rounds", type=int, default=2, help="rounds in all (default: %(default)s)")
+    p.add_argument("--epochs", type=float, default=2.0, help="passes of SFT (default: %(default)s)")
+
+
+def _rates(p: argparse.ArgumentParser) -> None:
+    p.add_argument("recipe", help="a TOML file: its policy plays the training tasks")
+    p.add_argument("--env", default="env", help="the NAME of [envs.NAME] (default: [env])")
+    p.add_argument("--tasks", type=int, default=0, help="so many from first_task on (default: all of a task set)")
+    p.add_argument("--samples", type=int, default=8, help="episodes of each task (default: %(default)s)")
+    p.add_argument("--out", type=Path, required=True, help="file of JSON lines to write")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    args = parser().parse_args(argv)
+    args, rest = parser().parse_known_args(argv)
+    if args.command == "sft":
+        return _fine_tune(args, rest)
+    from rl.config import load
+    from rl.train import changes, check
+
+    config = load(args.recipe, changes(rest))
+    if args.command == "rates":
+        from rl.evaluate import measure
+
+        check_output("--out", args.out)
+        print(measure(config, args.env, args.tasks, args.samples, args.out))
+        return 0
+    from rl.bootstrap import bootstrap, lines
+
+    check(config)
+    print(lines(bootstrap(config, args.rounds, args.epochs), config.eval.tasks))
+    return 0
+
+
+def _fine_tune(args: argparse.Namespace, rest: list[str]) -> int:
     from rl.sft import WarmStart, imitate, warm_start
 
+    if rest:
+        raise ValueError(f"argument {rest[0]!r} is not understood; `python -m rl sft --help` lists what is")
     config = WarmStart(**{name: getattr(args, name) for name in GIVEN})
     if args.run:
         facts = imitate(args.run, args.model, args.out, config, args.work)

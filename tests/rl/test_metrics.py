@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from rl import train
-from rl.config import ROOT, EvalConfig
+from rl.config import ROOT, EnvConfig, EvalConfig
 from rl.metrics import GLOSSARY, Sink, check, read, truncate
 
 
@@ -33,7 +33,10 @@ def test_what_a_run_logs_is_the_glossary(tmp_path):
     waits.model(tmp_path / "model")
     config = waits.config(tmp_path, groups=1, size=2, slots=2, steps=1, staleness=0)
     learn = replace(config.learn, overrides={"correction": "truncate"})
-    config = replace(config, learn=learn, eval=EvalConfig(every=1, tasks=1), track=("tensorboard",))
+    sources = {"one": replace(config.env, window=(0.0, 1.0)), "two": config.env}
+    config = replace(
+        config, env=EnvConfig(), envs=sources, learn=learn, eval=EvalConfig(every=1, tasks=1), track=("tensorboard",)
+    )
     train.train(config)
     assert {key for row in read(config.directory / "metrics.jsonl") for key in row} == set(GLOSSARY)
 
