@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import math
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -77,6 +78,9 @@ class _Request:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     prompt_digest: int | None = None
+    asked: float = field(default_factory=time.perf_counter)
+    queued: float = 0.0
+    """Seconds until it had a slot."""
     future: Future[Completion] = field(default_factory=Future)
 
 
@@ -228,7 +232,7 @@ class TorchEngine:
         try:
             torch.set_num_threads(self.config.threads)
             with torch.inference_mode():
-                while self._inbox.obey(bool(self._running), lambda: self._clock.enter("idle")):
+                while self._inbox.obey(bool(self._running or self._waiting), lambda: self._clock.enter("idle")):
                     self._admit()
                     if self._running:
                         self._step()
@@ -260,6 +264,7 @@ class TorchEngine:
         for request in [r for r in self._waiting if r.episode == episode]:
             self._waiting.remove(request)
             request.prompt_digest = digest(request.ids)
+            request.queued = time.perf_counter() - request.asked
             request.future.set_result(_completion(request, "cancelled"))
 
     def _swap(self, version: int, weights: Weights, recompute: bool) -> None:
@@ -320,7 +325,7 @@ class TorchEngine:
         slot.ids.extend(fed)
         # The last prompt token goes through the next decode step with everyone else's, which yields its logits.
         slot.pending = request.ids[-1]
-        slot.request = request
+        slot.request, request.queued = request, time.perf_counter() - request.asked
         self._running.append(slot)
 
     def _reuse(self, slot: Slot[_Request], request: _Request) -> tuple[Slot[_Request] | None, int]:
@@ -387,6 +392,7 @@ def _completion(request: _Request, finish: Finish) -> Completion:
         versions=request.versions,
         finish=finish,
         prompt_digest=request.prompt_digest,
+        queued=request.queued,
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from envs.fields import build
 from rl.admission import Limits
@@ -26,6 +26,7 @@ from rl.curriculum import Stage, overlaid
 FORMAT = 1
 """Rises whenever a recipe of before would mean something else."""
 
+Tracker = Literal["tensorboard", "wandb"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -223,6 +224,9 @@ class Config:
     checkpoint_every: int = 10
     """Steps between checkpoints; one is written at the end and on Ctrl-C as well."""
     keep_checkpoints: int = 2
+    track: tuple[Tracker, ...] = ("tensorboard",)
+    """Where metrics go besides `metrics.jsonl`. "wandb" needs the package and a login, or WANDB_MODE=offline; WANDB_PROJECT
+    names the project, by default codeworld."""
     keep_trajectories: bool = True
     """Write every trained trajectory to `trajectories/` (token ids, masks, log-probs, versions)."""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -258,6 +262,8 @@ class Config:
                 f"learn.critic_warmup_steps={self.learn.critic_warmup_steps} leaves none of steps={self.steps} to the policy; "
                 "lower it"
             )
+        if unknown := [name for name in self.track if name not in get_args(Tracker)]:
+            raise ValueError(f"track={unknown[0]!r} is unknown; known are {', '.join(get_args(Tracker))}")
         if 0 < self.admission.kv_tokens < self.policy.max_context:
             raise ValueError(
                 f"admission.kv_tokens={self.admission.kv_tokens} holds no episode of policy.max_context={self.policy.max_context} "
