@@ -188,7 +188,7 @@ class Mouth:
 class Chain:
     """In place of the learner: its weights are the groups of each batch that it was trained on."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, rank: int = 0, rendezvous: str = "") -> None:
         self.seen: list[list[str]] = []
         self.ledger = Ledger(["idle", "train", "publish", "checkpoint"])
 
