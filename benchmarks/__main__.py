@@ -12,8 +12,9 @@ from typing import Any
 from envs.errors import check_output, user_errors
 
 SYSTEMS = (
-    "admission", "attacker", "grading", "learner", "learning", "resume", "sandbox", "selfcheck", "soak", "staleness",
-)  # fmt: skip
+    *("admission", "attacker", "grading", "honesty", "learner", "learning", "loop", "resume"),
+    *("sandbox", "selfcheck", "soak", "staleness"),
+)
 EXAMPLE = """
 examples:
   python -m benchmarks systems learning --seeds 3 --json learning.json
@@ -21,7 +22,9 @@ examples:
   python -m benchmarks systems attacker --seeds 3 --json attacker.json --markdown attacker.md
   python -m benchmarks systems admission --json admission.json
   python -m benchmarks systems grading --json grading.json
+  python -m benchmarks systems honesty --json honesty.json
   python -m benchmarks systems learner --json learner.json
+  python -m benchmarks systems loop --json loop.json
   python -m benchmarks systems selfcheck --backend native --json selfcheck.json
   python -m benchmarks systems soak --live 500 --episodes 200 --json soak.json
   python -m benchmarks systems resume --json resume.json

@@ -62,6 +62,13 @@ class Row:
     """Behaviour log-probabilities, nats, where the mask is 1."""
     versions: Sequence[int]
     advantage: float
+    """Of every action token; the trajectory's return until a critic has given each its own (`advantages`)."""
+    advantages: Sequence[float] | None = None
+    """Of each action token."""
+    values: Sequence[float] | None = None
+    """What the critic expected before each action token, when it began the batch."""
+    returns: Sequence[float] | None = None
+    """What it should have expected (`rl.advantages.gae`)."""
     old: Sequence[float] | None = None
     """Log-probabilities under the weights that began the batch, where the loss corrects the mismatch with `logprobs`."""
     trajectory: str = ""
@@ -134,7 +141,8 @@ def rows_of(
         version: version of the weights that are about to be trained; ages are counted from it.
         vocabulary: V, for the gibberish rule.
         shuffled: the negative control. The advantages are permuted over the kept trajectories of the batch: same sizes,
-            same tokens, no information. A run that still learns under it learns from something else.
+            same tokens, no information. A run that still learns under it learns from something else. (With a critic: the
+            returns.)
     """
     report = BatchReport(groups=len(groups))
     kept: list[tuple[str, Trajectory, float]] = []
@@ -246,8 +254,20 @@ class MicroBatch:
     """[B, T] float32."""
     inside: Tensor
     """[B, T] bool: false at padding."""
+    values: Tensor | None
+    """[B, T] float32: the critic's estimate before the target, at the beginning of the batch, where the rows have it."""
+    returns: Tensor | None
+    """[B, T] float32: the critic's target, likewise."""
     action_tokens: int
     """Sum of the mask."""
+
+
+def by_trajectory(rows: Sequence[Row]) -> list[list[int]]:
+    """Indices of the rows of each trajectory, in their order; a row without a name is one of its own."""
+    found: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        found.setdefault(row.trajectory or f"row {i}", []).append(i)
+    return list(found.values())
 
 
 def microbatches(rows: Sequence[Row], max_tokens: int, sharing: Sharing = ALONE) -> list[MicroBatch]:
@@ -275,17 +295,15 @@ def _pad(rows: Sequence[Row]) -> MicroBatch:
     ids, targets = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     mask, behaviour, advantages = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
     inside = torch.zeros(shape, dtype=torch.bool)
-    old = torch.zeros(shape) if rows and rows[0].old is not None else None
+    old, values, returns = (_column(rows, shape, name) for name in ("old", "values", "returns"))
     for i, row in enumerate(rows):
         n = _positions(row)
         ids[i, :n] = torch.tensor(row.token_ids[:n])
         targets[i, :n] = torch.tensor(row.token_ids[1 : n + 1])
         mask[i, :n] = torch.tensor(row.loss_mask[1 : n + 1], dtype=torch.float32)
         behaviour[i, :n] = torch.tensor(row.logprobs[1 : n + 1], dtype=torch.float32)
-        advantages[i, :n] = row.advantage
+        advantages[i, :n] = row.advantage if row.advantages is None else torch.tensor(row.advantages[1 : n + 1])
         inside[i, :n] = True
-        if old is not None and row.old is not None:
-            old[i, :n] = torch.tensor(row.old[1 : n + 1])
     return MicroBatch(
         token_ids=ids,
         targets=targets,
@@ -294,5 +312,18 @@ def _pad(rows: Sequence[Row]) -> MicroBatch:
         old=old,
         advantages=advantages,
         inside=inside,
+        values=values,
+        returns=returns,
         action_tokens=int(mask.sum()),
     )
+
+
+def _column(rows: Sequence[Row], shape: tuple[int, int], name: str) -> Tensor | None:
+    """[B, T]: what a field of the rows holds for their targets; None where they have none."""
+    if not rows or getattr(rows[0], name) is None:
+        return None
+    table = torch.zeros(shape)
+    for i, row in enumerate(rows):
+        n = _positions(row)
+        table[i, :n] = torch.tensor(getattr(row, name)[1 : n + 1])
+    return table

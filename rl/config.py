@@ -7,6 +7,7 @@ episodes in flight.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import tomllib
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from envs.fields import build
 from rl.admission import Limits
@@ -25,6 +26,7 @@ from rl.curriculum import Stage, overlaid
 FORMAT = 1
 """Rises whenever a recipe of before would mean something else."""
 
+Tracker = Literal["tensorboard", "wandb"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -117,7 +119,7 @@ class LearnConfig:
     """How the policy is updated."""
 
     algorithm: str = "cwm"
-    """A preset of `rl/advantages.py`: grpo, cwm, dapo, dr_grpo, gspo, cispo, rloo or reinforce++."""
+    """A preset of `rl/advantages.py`: grpo, cwm, dapo, dr_grpo, gspo, cispo, rloo, reinforce++ or ppo."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the preset to replace (`rl.advantages.Algorithm`), e.g. `--learn.overrides.clip_high=0.28`."""
     groups_per_step: int = 16
@@ -128,6 +130,15 @@ class LearnConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     grad_clip: float = 1.0
+    critic_lr: float | None = None
+    """Learning rate of the critic, constant; left out: `lr`. For algorithms with a critic (ppo) alone."""
+    critic_warmup_steps: int = 0
+    """Batches, from the first one on, in which only the critic learns."""
+    lora_rank: int = 0
+    """Train adapters of this rank on all linear layers (`policy/lora.py`), which alone travel to the engine; 0 trains all
+    weights. Needs peft."""
+    lora_alpha: float = 32.0
+    """Adapters are scaled by lora_alpha / lora_rank."""
     minibatches: int = 2
     """Optimiser updates per batch."""
     max_tokens: int = 8192
@@ -157,7 +168,23 @@ class LearnConfig:
     """"shuffle" permutes the advantages of each batch: the negative control."""
 
     def __post_init__(self) -> None:
-        self.row()
+        if self.row().baseline != "critic" and (self.critic_lr is not None or self.critic_warmup_steps):
+            raise ValueError(
+                f"learn.critic_lr={self.critic_lr}, learn.critic_warmup_steps={self.critic_warmup_steps}: "
+                f"learn.algorithm={self.algorithm!r} has no critic; leave them out, or take 'ppo'"
+            )
+        if self.critic_warmup_steps < 0 or (self.critic_lr is not None and self.critic_lr <= 0):
+            raise ValueError(
+                f"learn.critic_lr={self.critic_lr}, learn.critic_warmup_steps={self.critic_warmup_steps}: the rate must be "
+                "positive, the steps 0 or more"
+            )
+        if self.lora_rank < 0 or self.lora_alpha <= 0:
+            raise ValueError(
+                f"learn.lora_rank={self.lora_rank}, learn.lora_alpha={self.lora_alpha}: give a rank of 0 (off) or more, and "
+                "a positive alpha"
+            )
+        if self.lora_rank and importlib.util.find_spec("peft") is None:
+            raise ValueError(f"learn.lora_rank={self.lora_rank} needs the package peft; pip install peft, or give 0")
 
     def row(self) -> Algorithm:
         """The preset with what this recipe replaces."""
@@ -197,6 +224,9 @@ class Config:
     checkpoint_every: int = 10
     """Steps between checkpoints; one is written at the end and on Ctrl-C as well."""
     keep_checkpoints: int = 2
+    track: tuple[Tracker, ...] = ("tensorboard",)
+    """Where metrics go besides `metrics.jsonl`. "wandb" needs the package and a login, or WANDB_MODE=offline; WANDB_PROJECT
+    names the project, by default codeworld."""
     keep_trajectories: bool = True
     """Write every trained trajectory to `trajectories/` (token ids, masks, log-probs, versions)."""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -227,6 +257,13 @@ class Config:
         ):
             if value < least:
                 raise ValueError(f"{name}={value} is too small; give at least {least}")
+        if self.learn.critic_warmup_steps >= self.steps:
+            raise ValueError(
+                f"learn.critic_warmup_steps={self.learn.critic_warmup_steps} leaves none of steps={self.steps} to the policy; "
+                "lower it"
+            )
+        if unknown := [name for name in self.track if name not in get_args(Tracker)]:
+            raise ValueError(f"track={unknown[0]!r} is unknown; known are {', '.join(get_args(Tracker))}")
         if 0 < self.admission.kv_tokens < self.policy.max_context:
             raise ValueError(
                 f"admission.kv_tokens={self.admission.kv_tokens} holds no episode of policy.max_context={self.policy.max_context} "
@@ -238,6 +275,11 @@ class Config:
             raise ValueError(
                 f"learn.sequence_parallel={self.learn.sequence_parallel} does not divide learn.ranks={self.learn.ranks}; "
                 "give a divisor, or other ranks"
+            )
+        if self.learn.ranks > 1 and (self.learn.lora_rank or self.learn.row().baseline == "critic"):
+            raise ValueError(
+                f"learn.ranks={self.learn.ranks} shard neither adapters (learn.lora_rank={self.learn.lora_rank}) nor a critic "
+                f"(learn.algorithm={self.learn.algorithm!r}); take one rank, or leave those out"
             )
         if self.learn.sequence_parallel > 1 and self.learn.packing == "padded":
             raise ValueError(

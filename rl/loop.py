@@ -37,6 +37,7 @@ from rl.admission import Admission, Closed
 from rl.batch import BatchReport, rows_of
 from rl.config import Config
 from rl.curriculum import Exhausted, Pick, curriculum
+from rl.ledger import Area, Ledger
 from rl.parts import Parts
 from rl.record import Record
 from rl.spawn import Handle, PartGone
@@ -103,6 +104,11 @@ class Loop:
         self.evaluated: set[int] = set()
         self.probes: list[list[int]] = []
         self.deadline = config.rollout.deadline if config.rollout.spawn == "ray" else math.inf
+        self.ledger = Ledger(("work", "wait", "checkpoint"))  # of the thread that runs this
+        self.stage = Ledger(
+            ("wait", "train", "publish")
+        )  # of the learn stage: for a batch, of it, until its weights are proven
+        self.vacant = Area()  # episode slots that the staleness bound keeps empty
 
     def resume(self, step: int) -> None:
         """Go on after `step`: finished groups are used, unfinished ones are played again under their old names."""
@@ -136,7 +142,8 @@ class Loop:
 
     def _handle(self) -> None:
         try:
-            handler, context, future = self.inbox.get(timeout=1.0)
+            with self.ledger.spend("wait"):
+                handler, context, future = self.inbox.get(timeout=1.0)
         except queue.Empty:
             self.record.view(self)
             return
@@ -151,7 +158,13 @@ class Loop:
             for order in self.admission.start():
                 self._send(order)
             if not self._open_group():
-                return
+                break
+        self.vacant.set(self._vacant())
+
+    def _vacant(self) -> int:
+        needed = (self.config.steps - self.step) * self.config.learn.groups_per_step
+        wanted = self.admission.outstanding < needed and not self.admission.may_issue()
+        return max(0, self.admission.room) if wanted else 0
 
     def _open_group(self) -> bool:
         """Issue a new group if training needs one and admission allows it."""
@@ -303,6 +316,7 @@ class Loop:
         )
         self.probes = self.probes or [t.segments[0].token_ids for g in groups[:4] for t in g.trajectories[:1]]
         self.learning = True
+        self.stage.switch("train")
         learner = self.parts.learner
         self._after(learner.call("step", rows), self.trained, (groups, report))
         weights, scores = learner.call("weights"), learner.call("score", self.probes)
@@ -312,6 +326,7 @@ class Loop:
         """The learner took the batch: the journal says so before anything else does."""
         groups, report = context
         step = future.result()
+        self.stage.switch("publish")
         self.admission.trained()
         self.step += 1
         self.record.journal.train([group.id for group in groups], self.step)
@@ -334,6 +349,7 @@ class Loop:
         version, scores = context
         parity = parity_of(future.result(), scores.result(300), version)
         self.learning = False
+        self.stage.switch("wait")
         self.record.parity(self, parity)
         self.evaluate()
         if self.step < self.config.steps and self.step % self.config.checkpoint_every == 0:

@@ -75,12 +75,17 @@ def learner_settings(config: Config) -> LearnerConfig:
     from rl.learner import LearnerConfig
 
     learn = config.learn
+    updates = max(1, config.steps - learn.critic_warmup_steps) * learn.minibatches
     return LearnerConfig(
         algorithm=learn.algorithm,
         overrides=dict(learn.overrides),
         lr=learn.lr,
         warmup_steps=learn.warmup_steps,
-        decay_updates=config.steps * learn.minibatches if learn.schedule == "linear" else 0,
+        decay_updates=updates if learn.schedule == "linear" else 0,
+        critic_lr=learn.critic_lr,
+        critic_warmup_steps=learn.critic_warmup_steps,
+        lora_rank=learn.lora_rank,
+        lora_alpha=learn.lora_alpha,
         weight_decay=learn.weight_decay,
         grad_clip=learn.grad_clip,
         minibatches=learn.minibatches,
@@ -139,9 +144,11 @@ class EnginePart:
         scores: list[list[float]] = self.engine.score(sequences)
         return scores
 
-    def stats(self) -> dict[str, float]:
-        """See `TorchEngine.stats`; `parked`: episodes whose KV was given up for older ones."""
-        return {**self.engine.stats(), "parked": self.gate.parked}
+    def stats(self) -> dict[str, Any]:
+        """`seconds` per label, and the counts of `TorchEngine.stats`; `parked`: episodes whose KV was given up for older ones."""
+        stats = self.engine.stats()
+        seconds = {label: stats.pop(label) for label in ("prefill", "decode", "swap", "score", "idle")}
+        return {"seconds": seconds, **stats, "parked": self.gate.parked}
 
     def close(self) -> None:
         """End the engine's thread, and all waiting."""
@@ -192,16 +199,18 @@ class LearnerPart:
 
     def load(self, directory: str) -> int:
         """The inverse of `save`; returns the version."""
-        self.learner.load(Path(directory))
+        with self.ledger.spend("checkpoint"):
+            self.learner.load(Path(directory))
         return self.learner.version
 
     def export(self, directory: str) -> None:
         """The model in the form that `policy.models.load` reads."""
-        self.learner.export(Path(directory))
+        with self.ledger.spend("checkpoint"):
+            self.learner.export(Path(directory))
 
-    def stats(self) -> dict[str, float]:
-        """Seconds per label; they sum to the wall clock."""
-        return self.ledger.snapshot()
+    def stats(self) -> dict[str, Any]:
+        """`seconds` per label; they sum to the wall clock."""
+        return {"seconds": self.ledger.snapshot()}
 
     def close(self) -> None:
         """Leave the other ranks; nothing outlives the process."""
@@ -238,6 +247,21 @@ def await_start(parts: Sequence[Handle], deadline: float = 180.0) -> None:
             ) from None
 
 
+def _timed(answer: Future[Any]) -> Future[tuple[Any, float]]:
+    """The answer, and when it came."""
+    timed: Future[tuple[Any, float]] = Future()
+
+    def came(_: Future[Any]) -> None:
+        now = time.monotonic()
+        try:
+            timed.set_result((answer.result(), now))
+        except BaseException as error:
+            timed.set_exception(error)
+
+    answer.add_done_callback(came)
+    return timed
+
+
 class Parts:
     """The started parts. A worker that died is started again; an engine or learner that died ends the run."""
 
@@ -255,12 +279,15 @@ class Parts:
         if self.workers[index] is dead:
             self.workers[index] = start_worker(self.config, self.engine, index)
 
-    def stats(self, timeout: float = 60.0) -> dict[str, Any]:
-        """Statistics by part: "engine", "learner" and a list "workers"; a part that can't answer is left out."""
-        asked: dict[str, Future[Any]] = {"engine": self.engine.call("stats"), "learner": self.learner.call("stats")}
-        asked |= {f"worker-{i}": w.call("stats") for i, w in enumerate(self.workers)}
+    def stats(self, timeout: float = 60.0) -> dict[str, tuple[dict[str, Any], float]]:
+        """By part ("engine", "learner", "worker-0" …) its statistics, and when they came (`time.monotonic`); a part that can't
+        answer is left out."""
+        asked = {"engine": self.engine, "learner": self.learner} | {
+            f"worker-{i}": w for i, w in enumerate(self.workers)
+        }
+        answers = {name: _timed(part.call("stats")) for name, part in asked.items()}
         found = {}
-        for name, future in asked.items():
+        for name, future in answers.items():
             try:
                 found[name] = future.result(timeout)
             except Exception:  # a dead worker is noticed where its episodes are lost

@@ -17,6 +17,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path.append(str(Path.cwd()))  # --env.id=mymodule:MyEnv, from the folder that holds it
 
 from envs.errors import InfraError, user_errors
+from rl import metrics
 from rl.config import Config, dump, load
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def again(recipe: Path, overrides: list[str]) -> Config:
 
 def check(config: Config) -> None:
     """Fail in one line, before any process starts, for what can be known here: envs, splits, tasks, backend, model,
-    settings."""
+    settings, trackers."""
     from envs.registration import make
     from rl.curriculum import curriculum
     from rl.parts import check_model, engine_settings, learner_settings
@@ -97,6 +98,7 @@ def check(config: Config) -> None:
     engine_settings(config)
     learner_settings(config)
     _check_learner(config)
+    metrics.check(config.track)
     curriculum(config)
     backends: set[str] = set()
     for source in config.environments:

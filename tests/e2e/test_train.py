@@ -101,7 +101,8 @@ def test_parity_and_ledger_are_in_the_record(run):
     first, second = (r["mismatch_kl"] for r in rows(directory, "step"))
     assert abs(first) < 1e-6 < second, "the first batch is of the very weights that train on it, the second is older"
     (end,) = rows(directory, "end")
-    assert set(end["ledgers"]) == {"engine", "episodes", "learner"}
+    assert set(end["ledgers"]) == {"engine", "episodes", "learner", "loop"}
+    assert end["unexplained"] <= 0.01 and "labels miss the wall clock by 0." in end["summary"]
     for part, labels in end["ledgers"].items():
         assert sum(labels.values()) == pytest.approx(end["wall"] * (16 if part == "episodes" else 1), rel=0.02), part
         assert labels["wait_start"] < 0.9 * sum(labels.values())
@@ -178,6 +179,8 @@ def test_a_dead_rollout_worker_is_replaced(tmp_path):
     assert process.wait(200) == 0, log.read_text()[-3000:]
     last = rows(tmp_path / "tiny", "step")[-1]
     assert last["step"] == 8 and last["infra"] >= 1
+    (end,) = rows(tmp_path / "tiny", "end")
+    assert end["unexplained"] <= 0.01 and end["ledgers"]["episodes"]["lost"] > 0
     assert any(r["mixed"] > 0 for r in rows(tmp_path / "tiny", "step")), "no trajectory saw two versions"
     assert any(r["engine_busy"] + r["learner_busy"] > 1.05 for r in rows(tmp_path / "tiny", "step")), "no overlap"
     for path in (tmp_path / "tiny" / "trajectories").iterdir():

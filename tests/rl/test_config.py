@@ -38,7 +38,7 @@ def test_overrides():
         ("rollout.group_size=1", r"group_size=1 is too small; give at least 2"),
         ("eval.tasks=0", r"eval.tasks=0 is too small"),
         ("learn.algorithm=grpoo", r"learn: algorithm='grpoo' is unknown; .*Did you mean 'grpo'"),
-        ("learn.algorithm=ppo", r"learn: algorithm='ppo' has baseline='critic', .* has no critic yet; take a preset"),
+        ("learn.critic_warmup_steps=5", r"learn.critic_warmup_steps=5: learn.algorithm='cwm' has no critic; leave"),
         ("learn.overrides.bound=clips", r"learn: algorithm 'cwm': bound='clips' is none of clip, clip_weight"),
         ("name=a/b", r"name='a/b' is no directory name"),
         ("steps", r"override 'steps' is not of the form"),
@@ -94,3 +94,9 @@ def test_the_laptop_run_keeps_32_episodes_in_flight():
 def test_threads_have_no_ranks():
     with pytest.raises(ValueError, match=r"learn.ranks=2 are processes, and rollout.spawn='threads' has none; [^\n]*$"):
         load(ROOT / "rl/recipes/tiny.toml", ["learn.ranks=2", "rollout.spawn=threads"])
+
+
+def test_ranks_shard_neither_a_critic_nor_adapters():
+    for change in ("learn.algorithm=ppo", "learn.lora_rank=4"):
+        with pytest.raises(ValueError, match=r"learn.ranks=2 shard neither adapters .* take one rank"):
+            load(ROOT / "rl/recipes/tiny.toml", ["learn.ranks=2", change])
