@@ -1,4 +1,4 @@
-"""`python -m rl sft`: fine-tune on trajectories: the committed warm start, or a run's own resolved episodes."""
+"""`python -m rl (sft|plan)`: fine-tune on trajectories; foretell what a run will need and how fast it will be."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ import json
 import sys
 from pathlib import Path
 
-from envs.errors import user_errors
+from envs.errors import check_output, user_errors
+from rl.config import load, overrides
 
-EXAMPLE = """
+SFT = """
 examples:
   python -m rl sft --out policy/cwm_tiny                     rebuild the committed warm start (seed 0)
   python -m rl sft --from runs/tiny --out runs/tiny/sft      rejection sampling: the run's resolved trajectories
+"""
+PLAN = """
+examples:
+  python -m rl plan rl/recipes/tiny.toml                                           assumed latencies and episodes
+  python -m rl plan rl/recipes/tiny.toml --from runs/tiny --learn.max_staleness=0  a run's own, without overlap
+  python -m rl plan rl/recipes/tiny.toml --model cwm-32b --gpus 64 --checkpoint-activations --sequence-parallel 4 \\
+      --policy.max_context=32768 --policy.max_tokens=4096 --learn.max_tokens=32768 --rollout.episodes=256 --turns 40
+Every field of a recipe can be set as --section.key=value. Exit status: 0 planned; 2 it can't be done as asked: what is
+too large, and what would help.
 """
 
 
@@ -21,16 +31,22 @@ GIVEN = ("episodes", "drills", "comebacks", "inspections", "probe_weight", "epoc
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; its defaults are those of the committed warm start."""
+    """The command line."""
+    from rl import plan
+
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser("python -m rl", description=__doc__, epilog=SFT + PLAN, formatter_class=raw)
+    commands = p.add_subparsers(dest="command", required=True)
+    sft_options(commands.add_parser("sft", help="supervised fine-tuning", epilog=SFT, formatter_class=raw))
+    about = "placement, memory, speed and bottleneck of a run"
+    plan.options(commands.add_parser("plan", help=about, description=plan.__doc__, epilog=PLAN, formatter_class=raw))
+    return p
+
+
+def sft_options(sft: argparse.ArgumentParser) -> None:
+    """Options of `sft`; their defaults are those of the committed warm start."""
     from rl.sft import WarmStart
 
-    p = argparse.ArgumentParser(
-        "python -m rl", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = p.add_subparsers(dest="command", required=True)
-    sft = commands.add_parser(
-        "sft", help="supervised fine-tuning", epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     sft.add_argument("--out", type=Path, required=True, help="model directory to write")
     sft.add_argument("--from", dest="run", type=Path, help="a run directory whose resolved trajectories are imitated")
     sft.add_argument(
@@ -51,12 +67,23 @@ def parser() -> argparse.ArgumentParser:
     sft.add_argument(
         "--work", type=Path, default=Path("runs/sft"), help="where expert episodes are collected (default: %(default)s)"
     )
-    return p
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
-    args = parser().parse_args(argv)
+    args, rest = parser().parse_known_args(argv)
+    if args.command == "plan":
+        from rl import plan
+
+        check_output("--json", args.json)
+        return plan.run(args, load(args.recipe, overrides(rest)))
+    if rest:
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
+    return sft(args)
+
+
+def sft(args: argparse.Namespace) -> int:
+    """Fine-tune; prints what came of it as JSON."""
     from rl.sft import WarmStart, imitate, warm_start
 
     config = WarmStart(**{name: getattr(args, name) for name in GIVEN})

@@ -199,6 +199,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return build(Config, {"name": path.stem, **raw}, str(path))
 
 
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """What a command line says of a recipe's fields, as `load` takes it; `ValueError` for anything else on it."""
+    for item in arguments:
+        if not item.startswith("--") or "=" not in item:
+            raise ValueError(
+                f"argument {item!r} is not understood; fields of the recipe are set as --section.key=value"
+            )
+    return [item[2:] for item in arguments]
+
+
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:

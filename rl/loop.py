@@ -48,6 +48,9 @@ PARITY = 1e-4
 LOST_ROUNDS = 2
 """So many times the episodes in flight may be lost to the infrastructure in a row; then the run stops."""
 
+Event = tuple[Callable[..., None], Any, Future[Any]]
+"""What handles the end of a call, what else it is told, and the call."""
+
 Scores = Sequence[Sequence[float]]
 """Log-probs of each token of some sequences."""
 
@@ -76,8 +79,17 @@ class _Evaluation:
 class Loop:
     """One run, from its first order to its last checkpoint."""
 
-    def __init__(self, config: Config, parts: Parts, record: Record) -> None:
-        self.config, self.parts, self.record = config, parts, record
+    def __init__(
+        self,
+        config: Config,
+        parts: Parts,
+        record: Record,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        inbox: queue.SimpleQueue[Event] | None = None,
+    ) -> None:
+        """`clock` gives seconds; `inbox` is where ends of calls are put, and where the loop waits. `rl/virtual.py` replaces both."""
+        self.config, self.parts, self.record, self.clock = config, parts, record, clock
         self.algorithm = config.learn.row()
         bound = Staleness(
             groups_per_batch=config.learn.groups_per_step,
@@ -86,7 +98,7 @@ class Loop:
         )
         self.admission = Admission[Order](bound, config.admission, max_in_flight=config.rollout.in_flight)
         self.step = self.version = self.next_task = 0
-        self.inbox: queue.SimpleQueue[tuple[Callable[..., None], Any, Future[Any]]] = queue.SimpleQueue()
+        self.inbox = inbox or queue.SimpleQueue[Event]()
         self.open: dict[str, Group] = {}
         self.ready: dict[str, Group] = {}
         self.reissue: deque[tuple[str, int]] = deque()
@@ -181,12 +193,12 @@ class Loop:
         worker = self.parts.workers[at]
         self.load[at] += 1
         future = worker.call("play", order)
-        self.due[future] = (time.monotonic() + self.deadline, worker)
+        self.due[future] = (self.clock() + self.deadline, worker)
         self._after(future, self.played, (order, at, worker))
 
     def expire(self) -> None:
         """Kill a worker whose oldest episode is past its deadline: it hangs. What it played comes back to `played` as lost."""
-        now = time.monotonic()
+        now = self.clock()
         if self.due:
             future, (deadline, worker) = next(iter(self.due.items()))
             if deadline < now:
@@ -198,7 +210,7 @@ class Loop:
 
     def measure(self) -> None:
         """Ask for the engine's load once per interval, where the number of episodes in flight depends on it."""
-        now, limits = time.monotonic(), self.config.admission
+        now, limits = self.clock(), self.config.admission
         if limits.adaptive and now - self.measured >= limits.interval:
             self.measured = now
             self._after(

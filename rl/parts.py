@@ -68,9 +68,9 @@ class EnginePart:
         scores: list[list[float]] = self.engine.score(sequences)
         return scores
 
-    def stats(self) -> dict[str, float]:
-        """See `TorchEngine.stats`; `parked`: episodes whose KV was given up for older ones."""
-        return {**self.engine.stats(), "parked": self.gate.parked}
+    def stats(self) -> dict[str, Any]:
+        """See `TorchEngine.stats` and `TorchEngine.paces`; `parked`: episodes whose KV was given up for older ones."""
+        return {**self.engine.stats(), "paces": self.engine.paces(), "parked": self.gate.parked}
 
     def close(self) -> None:
         """End the engine's thread, and all waiting."""

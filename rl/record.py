@@ -108,7 +108,9 @@ class Record:
             "live_groups": report.live_groups / max(1, report.groups),
             "kept": report.kept / max(1, report.trajectories),
             "turns": report.turns,
+            "tokens": report.tokens,
             "action_tokens": report.action_tokens,
+            "train_seconds": round(step["wall_seconds"], 4),
             "loss": step["loss"],
             "grad_norm": step["grad_norm"],
             **metrics,
@@ -184,8 +186,16 @@ class Record:
             labels["wait_start"] = max(0.0, clocks * (time.monotonic() - self.began) - sum(labels.values()))
         self.counts = {
             k: stats.get("engine", {}).get(k, 0)
-            for k in ("decoded_tokens", "prefilled_tokens", "reused_tokens", "swaps_in_flight")
+            for k in (
+                "decoded_tokens",
+                "prefilled_tokens",
+                "reused_tokens",
+                "shared_tokens",
+                "swaps",
+                "swaps_in_flight",
+            )
         }
+        self.paces = stats.get("engine", {}).get("paces", [])
         return found
 
     def _busy(self) -> dict[str, float]:
@@ -223,7 +233,14 @@ class Record:
         text = "\n".join(lines)
         self.sink.write(
             "end",
-            {"step": loop.step, "wall": round(time.monotonic() - self.began, 3), "ledgers": ledgers, "summary": text},
+            {
+                "step": loop.step,
+                "wall": round(time.monotonic() - self.began, 3),
+                "ledgers": ledgers,
+                "counts": self.counts,
+                "paces": self.paces,
+                "summary": text,
+            },
         )
         write_report(self.directory, self.renderer)
         return text

@@ -15,7 +15,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path.append(str(Path.cwd()))  # --env.id=mymodule:MyEnv, from the folder that holds it
 
 from envs.errors import InfraError, user_errors
-from rl.config import Config, dump, load
+from rl.config import Config, dump, load, overrides
 
 if TYPE_CHECKING:
     from rl.loop import Loop
@@ -49,30 +49,26 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--workers", type=int, help="rollout workers; under --spawn threads each plays one episode at a time"
     )
-    p.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    p.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and its plan (`python -m rl plan`), and stop"
+    )
     return p
 
 
 def configure(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """The run's config from the command line. `ValueError` for whatever is wrong with it, before anything starts."""
     args, rest = parser().parse_known_args(argv)
-    overrides = []
-    for item in rest:
-        if not item.startswith("--") or "=" not in item:
-            raise ValueError(
-                f"argument {item!r} is not understood; fields of the recipe are set as --section.key=value"
-            )
-        overrides.append(item[2:])
-    overrides += [f"rollout.spawn={args.spawn}"] if args.spawn else []
-    overrides += [f"rollout.workers={args.workers}"] if args.workers is not None else []
-    config = load(args.recipe, overrides)
+    given = overrides(rest)
+    given += [f"rollout.spawn={args.spawn}"] if args.spawn else []
+    given += [f"rollout.workers={args.workers}"] if args.workers is not None else []
+    config = load(args.recipe, given)
     kept = config.directory / "recipe.toml"
-    return (again(kept, overrides) if args.resume and kept.is_file() else config), args
+    return (again(kept, given) if args.resume and kept.is_file() else config), args
 
 
-def again(recipe: Path, overrides: list[str]) -> Config:
+def again(recipe: Path, given: list[str]) -> Config:
     """The config of a run that goes on: that which it was started with, and what this command line changes."""
-    before, config = dump(load(recipe)).splitlines(), load(recipe, overrides)
+    before, config = dump(load(recipe)).splitlines(), load(recipe, given)
     changed = [line for line in dump(config).splitlines() if line not in before]
     print(f"recipe: {recipe}" + "".join(f"\nchanged by this command line: {line}" for line in changed), flush=True)
     return config
@@ -144,8 +140,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     config, args = configure(sys.argv[1:] if argv is None else argv)
     if args.dry_run:
-        print(dump(config), end="")
-        return 0
+        from rl import plan
+
+        print(dump(config))
+        return plan.dry_run(args.recipe, config)
     check(config)
     print(f"run directory: {config.directory}", flush=True)
     try:
