@@ -17,7 +17,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -295,7 +295,8 @@ def hints_of(tree: Tree) -> list[str]:
 
 @dataclass(frozen=True)
 class RepoAgent:
-    """A builder of environments beside `envs.swe.images.environment`: a policy does what that can't."""
+    """A policy sets up what the plain build can't. Its `environment` is a `Setup` (`envs/swe/setup.py`): given by name to
+    `python -m envs build --setup`."""
 
     policy: Policy
     renderer: Renderer
@@ -304,28 +305,29 @@ class RepoAgent:
     """Episodes before a repository is refused."""
     budget: Budget = BUDGET
     style: str = "cwm"
+    played: list[Trajectory] = field(default_factory=list)
+    """All episodes so far; a repository whose plain build is enough has none."""
 
     def environment(
         self, store: ImageStore, base: str, source: Source, backend: Backend, *, cache: Path
-    ) -> tuple[Environment, Discovery, list[Trajectory]]:
-        """The image of a repository, what its tests do there, and the episodes that were played for it (none where the
-        plain build is enough). Raises `Refused` where no episode got there, else as `envs.swe.images.environment`."""
+    ) -> tuple[Environment, Discovery]:
+        """The image of a repository and what its tests do there. Raises `Refused` where no episode got there, else as
+        `envs.swe.images.environment`."""
         env = RepoEnv([source], store=store, base=base, backend=backend, cache=cache, budget=self.budget)
         if plain := env.plain(source):
-            return *plain, []
-        played: list[Trajectory] = []
+            return plain
         for attempt in range(self.attempts):
             sampling = self.sampling
             if sampling.seed is not None:
                 sampling = replace(sampling, seed=sampling.seed + attempt)
             episode = f"{_name(source)}/{attempt}"
-            played.append(
+            self.played.append(
                 run_episode(env, self.policy, self.renderer, sampling, episode=episode, seed=0, style=self.style)
             )
             if env.found:
-                return *env.found, played
-        last = played[-1]
-        why = f"{len(played)} episodes, the last ended {last.stop}: {last.info.get('why', last.outcome)}"
+                return env.found
+        last = self.played[-1]
+        why = f"{self.attempts} episodes, the last ended {last.stop}: {last.info.get('why', last.outcome)}"
         raise Refused("agent", why)
 
     def __post_init__(self) -> None:

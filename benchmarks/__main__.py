@@ -11,15 +11,18 @@ from typing import Any
 
 from envs.errors import check_output, user_errors
 
-SYSTEMS = ("attacker", "grading", "learning", "sandbox", "selfcheck", "soak")
+SYSTEMS = ("admission", "attacker", "grading", "learner", "learning", "sandbox", "selfcheck", "soak", "staleness")
 EXAMPLE = """
 examples:
   python -m benchmarks systems learning --seeds 3 --json learning.json
   python -m benchmarks systems learning --seeds 1 --tasks 100 --table
   python -m benchmarks systems attacker --seeds 3 --json attacker.json --markdown attacker.md
+  python -m benchmarks systems admission --json admission.json
   python -m benchmarks systems grading --json grading.json
+  python -m benchmarks systems learner --json learner.json
   python -m benchmarks systems selfcheck --backend native --json selfcheck.json
   python -m benchmarks systems soak --live 500 --episodes 200 --json soak.json
+  python -m benchmarks systems staleness --seeds 3 --json staleness.json --figure staleness.svg
   python -m benchmarks systems sandbox --quick --no-peers
 """
 

@@ -102,6 +102,12 @@ def _build_options(commands: Any) -> None:
     p.add_argument("--seed", type=int, default=0, help="of mutations (default: %(default)s)")
     p.add_argument("--k", type=int, default=3, help="repetitions in validation (default: %(default)s)")
     p.add_argument("--jobs", type=int, default=2, help="candidates tried at once (default: %(default)s)")
+    p.add_argument(
+        "--setup",
+        default="",
+        metavar="MODULE:CALLABLE",
+        help="makes the images instead, such as a RepoAgent's environment (default: what a repository declares is installed)",
+    )
     p.add_argument("--issues", metavar="F", help="history: issue texts as JSON lines {id, text}")
     p.add_argument("--json", metavar="F", help="write what became of each candidate to a file as well")
 
@@ -237,7 +243,8 @@ def build(args: Any) -> int:
     names = parse_sources(args.sources)
     at_least_one(k=args.k, jobs=args.jobs)
     issues = Path(args.issues) if args.issues else None
-    plan = Plan(maker=maker, count=count, base=args.base, seed=args.seed, k=args.k, jobs=args.jobs, issues=issues)
+    options = {"base": args.base, "seed": args.seed, "k": args.k, "jobs": args.jobs, "setup": args.setup}
+    plan = Plan(maker=maker, count=count, issues=issues, **options)
     backend = make_backend("native")  # images are made of what a native sandbox writes
     try:
         done = build(names, plan, Path(args.out), backend, cache=cache_dir() / "sources")

@@ -34,6 +34,7 @@ from envs.swe.images import Environment
 from envs.swe.install import TESTBED, Refused
 from envs.swe.ledger import Ledger
 from envs.swe.sentinels import base_id
+from envs.swe.setup import named, set_up
 from envs.swe.statement import leaks, statement
 from envs.swe.validate import validate
 from envs.task import Task, load_tasks, save_blobs, save_tasks, sha256, task_from_json
@@ -65,6 +66,8 @@ class Plan:
     """Times that validation repeats what must not vary."""
     jobs: int = 2
     """Candidates tried at once."""
+    setup: str = ""
+    """`module:callable` that makes images (`setup.py`); "": what a repository declares is installed."""
     issues: Path | None = None
     """Of "history": a JSON-lines file of issue texts (`{"id": …, "text": …}`)."""
 
@@ -146,30 +149,43 @@ def build(
     `ValueError` for a base that can't be used, and for a name where it is the only one.
     """
     builder = _Builder(plan, out, backend, cache, report)
-    done = Report()
+    done, known = Report(), {name: builder.remembered(name) for name in names}
     for name in names:
-        why = ""
+        why, fates = "", []
         try:
-            fates = builder.source(name)
+            for fate in builder.fates(name):
+                fates.append(fate)
+                if fate.task is not None:  # a run that is killed leaves the tasks it has proved
+                    save_tasks(_tasks({**known, name: _joined(fates, known[name])}), out)
         except (InfraError, ValueError) as error:
             if len(names) == 1 and not isinstance(error, InfraError | Refused):
                 raise
-            why, fates = str(error), builder.remembered(name)
-        tasks = [fate.task for fate in fates if fate.task]
-        done.tasks += tasks
+            why, fates = str(error), _joined(fates, known[name])
+        known[name] = fates
         done.fates += fates
         done.refused.update(fate.reason for fate in fates if fate.reason)
-        done.sources[name] = why or f"{len(tasks)} tasks of {len(fates)} candidates"
-        save_tasks(done.tasks, out)
+        done.sources[name] = why or f"{sum(f.task is not None for f in fates)} tasks of {len(fates)} candidates"
+        save_tasks(_tasks(known), out)
         report(f"{name}: {done.sources[name]}")
-    save_tasks(done.tasks, out)
+    done.tasks = _tasks(known)
     builder.tidy()
     return done
+
+
+def _tasks(known: Mapping[str, Sequence[Fate]]) -> list[Task]:
+    return [fate.task for fates in known.values() for fate in fates if fate.task]
+
+
+def _joined(fates: Sequence[Fate], before: Sequence[Fate]) -> list[Fate]:
+    """What is known now, and of other candidates what was known before."""
+    seen = {fate.candidate for fate in fates}
+    return [*fates, *(fate for fate in before if fate.candidate not in seen)]
 
 
 class _Builder:
     def __init__(self, plan: Plan, out: Path, backend: Backend, cache: Path, report: Callable[[str], None]) -> None:
         self.plan, self.out, self.backend, self.cache, self.report = plan, out, backend, cache, report
+        named(plan.setup)
         self.store = ImageStore(out / "images")
         offer(self.store.directory)
         self.base = self.store.add_base(plan.base)
@@ -181,29 +197,29 @@ class _Builder:
         issues = f" {sha256(plan.issues.read_bytes())[:12]}" if plan.issues else ""
         self.plain = f"{plan.maker} {plan.seed} {plan.k}{issues}"
 
-    def source(self, name: str) -> list[Fate]:
-        """The fates of the candidates of one source. Raises `Refused`, `InfraError` or `ValueError` where it has none."""
+    def fates(self, name: str) -> Iterator[Fate]:
+        """Of the candidates of one source, until there are tasks enough. Raises `Refused`, `InfraError` or `ValueError` where
+        it has none."""
         began = time.monotonic()
         source = sources.fetch(name, self.cache)
         if self.plan.maker == "history" and source.repository is None:
             raise ValueError(f"{source.origin}: it has no history; use --tasks mutate:N, or a git repository")
-        env = images.environment(self.store, self.base, source, self.backend, cache=self.cache)
+        ledger = Ledger(self.out / "environments.jsonl")
+        env, found = set_up(self.plan.setup, ledger, self.store, self.base, source, self.backend, cache=self.cache)
         self.environments |= {env.digest, env.installed}
         self.environments |= set(images.interpreter(self.store, self.base, self.backend, cache=self.cache))
-        found = discovery.discover(self.backend, env.digest)
         tree = images.repository(self.store, env.digest)
         unstable = self._quarantine(name, env.digest, found.unstable)
         self.report(
             f"{name}: image {env.digest[7:19]}, {len(found.passing)} tests pass in {found.wall:.1f} s{unstable} "
             f"({time.monotonic() - began:.0f} s)"
         )
-        repository = _Repository(source, env, found, tree)
-        fates: list[Fate] = []
-        for fate in self._fates(name, repository):
-            fates.append(fate)
-            if sum(f.task is not None for f in fates) == self.plan.count:
-                break
-        return fates
+        tasks = 0
+        for fate in self._fates(name, _Repository(source, env, found, tree)):
+            yield fate
+            tasks += fate.task is not None
+            if tasks == self.plan.count:
+                return
 
     def _quarantine(self, name: str, image: str, tests: Sequence[str]) -> str:
         """Write down which tests don't end alike each time; words for the report."""

@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -90,18 +91,18 @@ def twins(
     files = {test.partition("::")[0] for test in chosen}
     others = sorted({base_id(test) for test in also if test.partition("::")[0] in files} - set(chosen))
     rng.shuffle(others)
-    trees = {path: _tree(data) for path, data in sources.items()}
+    read = {path: _read(data) for path, data in sources.items()}
     edits: dict[str, dict[str, Edit]] = {}
     copied: dict[str, list[str]] = {}
     for test in [*chosen, *others]:
         path = test.partition("::")[0]
-        data, tree = sources.get(path, b""), trees.get(path)
-        found = _function(data, tree, test) if tree and test not in without else None
-        if tree is None or found is None or sum(map(len, edits.values())) == most:
+        source = read.get(path)
+        found = _function(source, test) if source and test not in without else None
+        if source is None or found is None or sum(map(len, edits.values())) == most:
             continue
         if sum(map(len, copied.values())) < most:
             copied.setdefault(path, []).append(test)
-        if edit := _alter(data, *found, _known(tree), rng):
+        if edit := _alter(source, *found, rng):
             edits.setdefault(path, {})[test] = edit
     made = Twins({}, {}, {})
     for path, of in edits.items():
@@ -126,6 +127,27 @@ def _add(files: Any, ids: Any, path: str, data: bytes, tests: Iterable[str], rng
     files[copy] = data
 
 
+class _Source:
+    """A test file: its tree, the byte offsets of its nodes, and what its global names are bound to."""
+
+    def __init__(self, data: bytes, tree: ast.Module) -> None:
+        self.data, self.tree, self.known = data, tree, _known(tree)
+        self.lines = [0, *(m.end() for m in re.finditer(rb"\n", data))]
+
+    def start(self, node: Any) -> int:
+        return int(self.lines[node.lineno - 1] + node.col_offset)
+
+    def end(self, node: Any) -> int:
+        return int(self.lines[node.end_lineno - 1] + node.end_col_offset)
+
+
+@lru_cache(maxsize=8)
+def _read(data: bytes) -> _Source | None:
+    """A file is read once for all gradings of its task, as some have thousands of lines."""
+    tree = _tree(data)
+    return None if tree is None else _Source(data, tree)
+
+
 def _tree(data: bytes) -> ast.Module | None:
     """None for what can't be altered by offset, or is no Python."""
     try:
@@ -135,12 +157,12 @@ def _tree(data: bytes) -> ast.Module | None:
         return None
 
 
-def _function(data: bytes, tree: ast.Module, test: str) -> tuple[Function, list[ast.expr]] | None:
+def _function(source: _Source, test: str) -> tuple[Function, list[ast.expr]] | None:
     """A test's function and all decorators on it and its classes; None where a copy in another file behaves otherwise."""
     path, *names = test.split("::")
-    if re.search(rb"[\"'./]%s\b" % re.escape(PurePosixPath(path).stem).encode(), data):
+    if re.search(rb"[\"'./]%s\b" % re.escape(PurePosixPath(path).stem).encode(), source.data):
         return None  # it names itself
-    found: Any = tree
+    found: Any = source.tree
     decorators: list[ast.expr] = []
     for name in names:
         inside = [n for n in found.body if isinstance(n, ast.ClassDef | Function) and n.name == name]
@@ -148,54 +170,36 @@ def _function(data: bytes, tree: ast.Module, test: str) -> tuple[Function, list[
             return None
         found = inside[-1]
         decorators += found.decorator_list
-    offsets = _Offsets(data)
-    if not isinstance(found, Function) or _NAMED.search(data[offsets.start(found) : offsets.end(found)]):
+    if not isinstance(found, Function) or _NAMED.search(source.data[source.start(found) : source.end(found)]):
         return None
     return found, decorators
 
 
-def _alter(
-    data: bytes, found: Function, decorators: Sequence[ast.expr], known: Mapping[str, ast.expr], rng: random.Random
-) -> Edit | None:
+def _alter(source: _Source, found: Function, decorators: Sequence[ast.expr], rng: random.Random) -> Edit | None:
     """The edit that makes a test fail; None where no trusted one is known."""
     if not all(_DECORATORS.match(ast.unparse(d)) for d in decorators):
         return None
     if any(isinstance(n, ast.Yield | ast.YieldFrom) for n in ast.walk(found)):
         return None
-    offsets = _Offsets(data)
-    anchors = list(_anchors(found.body, {**known, **_known(found)}))
+    anchors = list(_anchors(found.body, {**source.known, **_known(found)}))
     if anchors:
         node, text = rng.choice(anchors)
-        return offsets.start(node), offsets.end(node), text.encode()
-    return _insert(data, offsets, found)
+        return source.start(node), source.end(node), text.encode()
+    return _insert(source, found)
 
 
-def _insert(data: bytes, offsets: _Offsets, function: Function) -> Edit | None:
+def _insert(source: _Source, function: Function) -> Edit | None:
     """A failing assertion at the end of a function, or at its start where it may return before."""
     early = _returns(function.body)
     at = function.body[
         1 if early and ast.get_docstring(function) is not None and len(function.body) > 1 else 0 if early else -1
     ]
-    line = offsets.lines[at.lineno - 1]
-    indent = data[line : offsets.start(at)]
+    indent = source.data[source.lines[at.lineno - 1] : source.start(at)]
     if indent.strip():
         return None
     if early:
-        return offsets.start(at), offsets.start(at), b"assert not 1\n" + indent
-    return offsets.end(at), offsets.end(at), b"\n" + indent + b"assert not 1"
-
-
-class _Offsets:
-    """Byte offsets of the nodes of a source."""
-
-    def __init__(self, data: bytes) -> None:
-        self.lines = [0, *(m.end() for m in re.finditer(rb"\n", data))]
-
-    def start(self, node: Any) -> int:
-        return int(self.lines[node.lineno - 1] + node.col_offset)
-
-    def end(self, node: Any) -> int:
-        return int(self.lines[node.end_lineno - 1] + node.end_col_offset)
+        return source.start(at), source.start(at), b"assert not 1\n" + indent
+    return source.end(at), source.end(at), b"\n" + indent + b"assert not 1"
 
 
 def _splice(data: bytes, edits: Iterable[Edit]) -> bytes:

@@ -1,16 +1,20 @@
 """RepoAgent on a package whose plain build fails, with a scripted policy, real sandboxes and wheels made here."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 
 from agents.repo_agent import RepoAgent, RepoEnv, hints_of
+from envs.__main__ import main
 from envs.sandbox.capture import Entry
 from envs.sandbox.imagestore import ImageStore
 from envs.swe import images
 from envs.swe.discovery import Discovery, discover
 from envs.swe.install import Refused
+from envs.swe.setup import named
 from envs.swe.sources import fetch
+from envs.task import load_tasks
 from policy.completion import Sampling
 from policy.renderer import Renderer
 from policy.scripted import ScriptedPolicy, replies
@@ -96,10 +100,9 @@ def test_a_policy_makes_the_tests_run_where_the_plain_build_does_not(setting, re
     plain = images.environment(store, base, source, backend, cache=cache)
     with pytest.raises(Refused, match="none could be collected.*quill"):
         discover(backend, plain.digest)
-    made, found, played = agent(renderer, PYTEST, INK, RATES, HOME, PYTEST, SUBMIT).environment(
-        store, base, source, backend, cache=cache
-    )
-    assert [t.outcome for t in played] == ["resolved"] and played[0].turns == 6
+    setup = agent(renderer, PYTEST, INK, RATES, HOME, PYTEST, SUBMIT)
+    made, found = setup.environment(store, base, source, backend, cache=cache)
+    assert [t.outcome for t in setup.played] == ["resolved"] and setup.played[0].turns == 6
     assert len(found.passing) == 13 and found.tests["tests/test_ledger.py::test_moon"] == "fail"
     assert made.packages["quill_ink"] == "1.0" and "pip" not in made.packages
     assert made.made["ledger_rates.py"] == Entry(b'RATES = {"ink": 3}\n')
@@ -110,6 +113,53 @@ def test_a_policy_makes_the_tests_run_where_the_plain_build_does_not(setting, re
         assert box.run("echo $LEDGER_HOME; ls /opt/ledger /tmp; cat ledger_rates.py", timeout=60).text() == (
             '/opt/ledger\n/opt/ledger:\nbook\n\n/tmp:\nRATES = {"ink": 3}\n'
         )
+
+
+SETUP = """
+from agents.repo_agent import RepoAgent
+from policy.completion import Sampling
+from policy.renderer import Renderer
+from policy.scripted import ScriptedPolicy, replies
+
+renderer = Renderer({model!r})
+agent = RepoAgent(ScriptedPolicy(renderer, replies(*{actions!r})), renderer, Sampling(max_tokens=4000))
+environment = agent.environment
+"""
+WIDE = """import pytest
+from ledger_rates import RATES
+
+@pytest.mark.parametrize("n", range(14))
+def test_rates(n):
+    assert RATES["ink"] * n == 3 * n
+"""
+
+
+@pytest.mark.slow
+def test_build_takes_the_agents_images(setting, pytestconfig, tmp_path, monkeypatch, capsys):
+    commit(tmp_path / "ledger", {path: text.encode() for path, text in {**FILES, "tests/test_rates.py": WIDE}.items()})
+    model, actions = str(pytestconfig.rootpath / "policy" / "cwm_tiny"), (INK, RATES, HOME, SUBMIT)
+    (tmp_path / "my_setup.py").write_text(SETUP.format(model=model, actions=actions))
+    monkeypatch.syspath_prepend(tmp_path)
+    command = ["build", "--from", str(tmp_path / "ledger"), "--tasks", "mutate:1", "--out", str(tmp_path / "set")]
+    assert main(command) == 1 and "none could be collected" in capsys.readouterr().out
+    for _ in range(2):  # the second goes on with the image of the first
+        assert main([*command, "--setup", "my_setup:environment"]) == 0
+        (task,) = load_tasks(tmp_path / "set")
+        assert task.quality["valid"] and {t.partition("::")[0] for t in task.grader.fail_to_pass} == {
+            "tests/test_ledger.py"
+        }
+    assert len(import_module("my_setup").agent.played) == 1
+
+
+def test_a_setup_that_is_none_is_refused_in_one_line():
+    for name, why in (
+        ("nowhere:x", "no module 'nowhere'"),
+        ("json", "module:callable"),
+        ("sys:path", "can't be called"),
+    ):
+        with pytest.raises(ValueError, match=f"--setup {name}: .*{why}") as error:
+            named(name)
+        assert "\n" not in str(error.value)
 
 
 def test_a_repository_that_no_episode_sets_up_is_refused(setting, renderer):

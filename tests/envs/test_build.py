@@ -14,13 +14,14 @@ import pytest
 from envs.__main__ import main
 from envs.sandbox import make_backend
 from envs.sandbox.base import FileChange
+from envs.sandbox.helper import cache_dir
 from envs.swe import assemble
 from envs.swe.assemble import chosen
-from envs.swe.build import _Builder, parse_plan, parse_sources
+from envs.swe.build import Plan, _Builder, build, parse_plan, parse_sources
 from envs.swe.grading import grade
 from envs.swe.ledger import Ledger
 from envs.swe.validate import count, gold_changes, validate, validate_set
-from envs.task import load_tasks
+from envs.task import load_tasks, save_tasks
 from tests.envs.gitrepo import commit, git
 from tests.envs.wheelhouse import TESTING, rewheel
 
@@ -152,6 +153,29 @@ def test_a_second_run_decides_nothing_again(built, shop):
     assert main(["build", "--from", str(shop), "--tasks", "mutate:2", "--out", str(built)]) == 0
     assert ((built / "tasks.jsonl").read_bytes(), (built / "ledger.jsonl").read_bytes()) == before
     assert time.monotonic() - began < 60
+
+
+def test_a_task_is_in_the_set_as_soon_as_it_is_proved(built, shop, tmp_path, native, monkeypatch):
+    subprocess.run(["cp", "-r", f"{built}/.", tmp_path], check=True)
+    whole = load_tasks(built)
+    (tmp_path / "tasks.jsonl").unlink()
+    fates = _Builder._fates
+
+    def killed(self, name, repository):
+        for fate in fates(self, name, repository):
+            yield fate
+            if fate.task:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Builder, "_fates", killed)
+    plan = Plan(maker="mutate", count=2)
+    with pytest.raises(KeyboardInterrupt):
+        build([str(shop)], plan, tmp_path, native, cache=cache_dir() / "sources")
+    assert load_tasks(tmp_path) == whole[:1]
+    with pytest.raises(KeyboardInterrupt):  # nor does a set lose what it had when it is built again
+        save_tasks(whole, tmp_path)
+        build([str(shop)], plan, tmp_path, native, cache=cache_dir() / "sources")
+    assert load_tasks(tmp_path) == whole
 
 
 def test_a_set_shrinks_and_grows_and_survives_a_source_that_fails(built, shop, native, tmp_path, capsys):
