@@ -11,7 +11,18 @@ from typing import Any
 
 from envs.errors import check_output, user_errors
 
-SYSTEMS = ("admission", "attacker", "grading", "learner", "learning", "sandbox", "selfcheck", "soak", "staleness")
+SYSTEMS = (
+    "admission",
+    "attacker",
+    "grading",
+    "learner",
+    "learning",
+    "plan",
+    "sandbox",
+    "selfcheck",
+    "soak",
+    "staleness",
+)
 EXAMPLE = """
 examples:
   python -m benchmarks systems learning --seeds 3 --json learning.json
@@ -20,6 +31,7 @@ examples:
   python -m benchmarks systems admission --json admission.json
   python -m benchmarks systems grading --json grading.json
   python -m benchmarks systems learner --json learner.json
+  python -m benchmarks systems plan --json plan.json
   python -m benchmarks systems selfcheck --backend native --json selfcheck.json
   python -m benchmarks systems soak --live 500 --episodes 200 --json soak.json
   python -m benchmarks systems staleness --seeds 3 --json staleness.json --figure staleness.svg

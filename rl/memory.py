@@ -171,6 +171,19 @@ def activations(shape: Shape, tokens: int, *, checkpoint: bool, number: int = 4)
     return tokens * (kept + 3 * shape.hidden + 1 + 2 * shape.head_dim) * number
 
 
+LIBRARIES = 33e6
+"""Bytes that torch and its libraries take when they first compute, on a CPU."""
+HEAP = 1.2
+"""Resident bytes of a learner on a CPU for each that lives: glibc keeps freed tensors of up to 32 MB for later. Both constants
+were fitted to one learner (6 layers of 512, a vocabulary of 4096, 1024 tokens, torch 2.13, glibc 2.36);
+`python -m benchmarks systems plan` tests them on others."""
+
+
+def on_cpu(shape: Shape, layout: Layout, *, kept: bool = True) -> float:
+    """Peak of resident bytes of a learner's process above what its imports took; without `kept`, of those that live."""
+    return learner(shape, layout).total * (HEAP if kept else 1.0) + LIBRARIES
+
+
 def fit(shape: Shape, layout: Layout, limit: float) -> LearnerMemory:
     """Peak memory of a rank that has `limit` bytes; `ValueError` where that is not enough, with what would help."""
     memory = learner(shape, layout)

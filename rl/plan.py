@@ -1,8 +1,7 @@
 """`python -m rl plan RECIPE`: what a run will need and how fast it will be, before anything is started or rented.
 
 Memory is arithmetic (`rl/memory.py`); time is simulated: `rl/virtual.py` drives the very loop and admission of a run on a
-virtual clock, with latencies of a run's record (`--from`) or assumed from model and device. The same seed gives the same
-forecast.
+virtual clock, with latencies of a run's record (`--from`) or assumed from model and device. Equal inputs give equal forecasts.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from rl.config import Config
 from rl.latencies import DEVICES, Hardware, Workload, assumed, facts, from_run, longest, mean_context
 from rl.ledger import bottleneck, busy_share
 from rl.loop import Loop
-from rl.memory import EngineMemory, Layout, LearnerMemory, Shape, engine, fit, gb
+from rl.memory import HEAP, LIBRARIES, EngineMemory, Layout, LearnerMemory, Shape, engine, fit, gb
 from rl.virtual import Book, Inbox, Latencies, Parts, Tally
 
 STEPS = 24
@@ -106,7 +105,7 @@ def on_cpus(config: Config, shape: Shape, layout: Layout, memory: float) -> Plac
     slots = min(config.rollout.in_flight, config.admission.kv_tokens // context or config.rollout.in_flight)
     whole = replace(shape, windowed=0).kv_bytes(context, 4)  # the embedded engine holds every layer in full
     held = EngineMemory(weights=weights, kv=slots * whole, episodes=slots, tokens=slots * context)
-    learner = fit(shape, layout, memory - held.weights - held.kv)
+    learner = fit(shape, layout, (memory - held.weights - held.kv - LIBRARIES) / HEAP)
     return Placement(replicas=1, tensor_parallel=0, layout=layout, learner=learner, engine=held)
 
 
@@ -132,7 +131,7 @@ def on_gpus(
         raise ValueError(
             f"gpus={gpus} is too few: an engine takes {size}, the learner {least - size}; give at least {least}"
         )
-    found = []
+    found: list[Placement] = []
     for n in counts:
         one = replace(layout, ranks=n)
         try:
@@ -256,7 +255,7 @@ def table(found: dict[str, Any], config: Config) -> str:
     where = f"{at['gpus']} GPUs" if at["tensor_parallel"] else "CPUs"
     each = f" of {at['tensor_parallel']} GPUs" if at["tensor_parallel"] else ""
     rows = [
-        ("model", f"{found['model']['parameters'] / 1e9:.4g}e9 parameters, {gb(found['model']['kv_bytes'])} of KV at {config.policy.max_context} tokens (bf16)"),
+        ("model", f"{found['model']['parameters'] / 1e6:,.1f} M parameters, {gb(found['model']['kv_bytes'])} of KV at {config.policy.max_context} tokens (bf16)"),
         ("placement", f"{where}: {at['replicas']} engines{each}, a learner on {layout['ranks']} ranks, {config.rollout.workers} rollout workers"),
         ("learner rank", f"{gb(sum(learner.values()))}: {parts}"),
         ("engine", f"{gb(held['weights'])} of weights, {gb(held['kv'])} for KV: {held['episodes']} episodes of {config.policy.max_context} tokens a replica"),

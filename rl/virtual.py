@@ -19,7 +19,6 @@ from __future__ import annotations
 import heapq
 import math
 import queue
-import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -234,7 +233,7 @@ class Replica:
             self._since = began = self.clock.worked
             self.clock.computing += 1
             left = (self._running[0][0] - self._stream) * self._pace
-            self.clock.work(max(0.0, left), lambda: self._since == began and self._decoded())  # type: ignore[func-returns-value]
+            self.clock.work(max(0.0, left), lambda: self._decoded(began))
         else:
             self.ledger.switch("idle")
 
@@ -265,7 +264,9 @@ class Replica:
         turn.versions.append(self.version)
         heapq.heappush(self._running, (self._stream + turn.said, next(self._order), turn))
 
-    def _decoded(self) -> None:
+    def _decoded(self, began: float) -> None:
+        if self._since != began:  # something came between, and began another stretch
+            return
         self._settle()
         ended = []
         while self._running and self._running[0][0] <= self._stream + 1e-9:
@@ -334,13 +335,13 @@ class Worker:
 
     def __init__(self, clock: Clock, engine: Engine, book: Book, config: Config) -> None:
         self.clock, self.engine, self.book = clock, engine, book
-        self.seed, self.deadline = config.seed, config.rollout.deadline
+        self.deadline = config.rollout.deadline
         self.seconds = {"reset": 0.0, "env": 0.0, "wait_policy": 0.0}
 
     def call(self, method: str, order: Order) -> Future[Trajectory]:
         """`play`; the same order finds the same episode in every simulation."""
         assert method == "play"
-        group = self.book[zlib.crc32(f"{self.seed}/{order.group}/{order.index}".encode()) % len(self.book)]
+        group = self.book[order.index % len(self.book)]
         return _Play(self, order, group[order.sample % len(group)]).future
 
     def kill(self) -> None:
