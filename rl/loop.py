@@ -130,8 +130,8 @@ class Loop:
         """Train to `config.steps`. Raises what a part or the parity check raised; `record` can be resumed from."""
         self.evaluate()
         while self.step < self.config.steps or self.learning or self.evaluations:
-            self.feed()
             self.learn()
+            self.feed()  # behind `learn`: what is dropped as stale makes room
             self.expire()
             self.measure()
             self._handle()

@@ -125,6 +125,11 @@ class Clock:
         event[2]()
         return True
 
+    @property
+    def still(self) -> bool:
+        """Nothing will ever happen by itself."""
+        return not self._waits and not self._works
+
     def until(self, limit: float) -> None:
         """Let everything happen up to `limit`."""
         while self.advance(limit):
@@ -138,9 +143,13 @@ class Inbox(queue.SimpleQueue[Any]):
         self.clock = clock
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        """The next event."""
+        """The next event; `queue.Empty` where none comes in time. Asserts that something is on its way: a loop that needs a
+        timeout to go on stands still in a real run."""
+        limit = math.inf if timeout is None else self.clock.now + timeout
         while self.empty():
-            assert self.clock.advance(), "the loop waits and nothing is on its way"
+            assert not self.clock.still, "the loop waits, and nothing is on its way"
+            if not self.clock.advance(limit):
+                raise queue.Empty
         return super().get(block=False)
 
 
@@ -499,6 +508,9 @@ class Tally:
 
     def evaluation(self, evaluation: Any) -> None:
         """Nothing is kept."""
+
+    def view(self, loop: Any) -> None:
+        """Nothing is shown."""
 
     def checkpoint(self, loop: Any) -> None:
         """Takes no time here."""
