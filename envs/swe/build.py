@@ -209,9 +209,10 @@ class _Builder:
         self.environments |= {env.digest, env.installed}
         self.environments |= set(images.interpreter(self.store, self.base, self.backend, cache=self.cache))
         tree = images.repository(self.store, env.digest)
-        unstable = self._quarantine(name, env.digest, found.unstable)
+        left_out = self._quarantine(name, env.digest, found.unstable)
+        left_out += f", {len(found.slow)} slow left out" if found.slow else ""
         self.report(
-            f"{name}: image {env.digest[7:19]}, {len(found.passing)} tests pass in {found.wall:.1f} s{unstable} "
+            f"{name}: image {env.digest[7:19]}, {len(found.passing)} tests pass in {found.wall:.1f} s{left_out} "
             f"({time.monotonic() - began:.0f} s)"
         )
         tasks = 0
@@ -321,7 +322,8 @@ class _Builder:
         if candidate.commit:
             after = self._run(image, found, {**candidate.fixed, **candidate.tests})
             outcomes, seconds = after.outcomes, after.seconds
-        good = [test for test, outcome in outcomes.items() if outcome == "pass" and test not in found.unstable]
+        unfit = {*found.unstable, *found.slow}
+        good = [t for t, outcome in outcomes.items() if outcome == "pass" and unfit.isdisjoint((t, base_id(t)))]
         failing = [test for test in good if before.outcomes.get(test) != "pass"]
         kept = [test for test in good if before.outcomes.get(test) == "pass"]
         if not failing:
@@ -329,7 +331,7 @@ class _Builder:
         if len({base_id(test) for test in failing}) > MOST_FAILING or len(failing) > len(kept):
             raise _No("broad", f"{len(failing)} tests fail with the bug, {len(kept)} pass")
         tests = {path: entry.data for path, entry in tree.items() if is_test(path)} | dict(candidate.tests)
-        seen = self._visible(candidate, tree, tests, failing)
+        seen = self._visible(candidate, tree, tests, [*failing, *found.slow])
         seconds = {
             name: max(seconds.get(name, 0.0), before.seconds.get(name, 0.0)) for name in {*seconds, *before.seconds}
         }
@@ -357,8 +359,10 @@ class _Builder:
 
             apply(box, TESTBED, {path: FileChange(data) for path, data in files.items()})
             try:
-                timeout, silence = (10.0 + HANGS * usual for usual in (found.wall, max(found.seconds.values())))
-                return discovery.run_suite(box, found.command, timeout, silence=silence, junit=True)
+                slowest = max((s for name, s in found.seconds.items() if name not in found.slow), default=0.0)
+                timeout, silence = (10.0 + HANGS * usual for usual in (found.wall, slowest))
+                run = discovery.run_suite
+                return run(box, found.command, timeout, silence=silence, without=found.slow, junit=True)
             except Refused as error:
                 raise _No("hangs" if "timeout" in str(error) else "suite", str(error)) from None
 
@@ -382,7 +386,7 @@ class _Builder:
     def _visible(
         self, candidate: Candidate, tree: Tree, tests: Mapping[str, bytes | None], failing: Sequence[str]
     ) -> dict[str, bytes | None]:
-        """Test files as the agent finds them: without the tests that notice the bug. A commit's own tests are not there yet."""
+        """Test files as the agent finds them: without tests that notice the bug, or may. A commit's own tests are not there yet."""
         seen: dict[str, bytes | None] = {}
         by_file: dict[str, list[str]] = {}
         for test in failing:

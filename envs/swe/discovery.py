@@ -24,6 +24,8 @@ LIMITS = Limits(memory_mb=2048, disk_mb=512, pids=256, output_kb=256)
 SECONDS = 900.0
 """Wall clock of one run of a suite."""
 RUNS = 2
+SLOW = 2.0
+"""Wall clock of a test function, seconds, above which tasks do without it: it is not run for them, expected or shown."""
 _PLUGIN = "/tmp/codeworld_report.py"
 _REPORT = "/tmp/codeworld_report.jsonl"
 _JUNIT = "/tmp/codeworld_junit.xml"
@@ -56,6 +58,11 @@ class Discovery:
     def passing(self) -> tuple[str, ...]:
         """Ids that pass every time."""
         return tuple(test for test, outcome in self.tests.items() if outcome == "pass")
+
+    @property
+    def slow(self) -> tuple[str, ...]:
+        """Test functions that take longer than `SLOW`."""
+        return tuple(name for name, seconds in self.seconds.items() if "::" in name and seconds > SLOW)
 
 
 @dataclass
@@ -128,9 +135,10 @@ def run_suite(
     *,
     silence: float | None = None,
     tests: Iterable[str] = (),
+    without: Iterable[str] = (),
     junit: bool = False,
 ) -> Run:
-    """Run the suite in a sandbox, or only `tests` (files or ids).
+    """Run the suite in a sandbox, or only `tests` (files or ids), `without` some (ids).
 
     silence: seconds that one test may take. junit: say how tests fail; else asserts run as they stand, as in grading.
     Raises `Refused` where it does not end by itself or says nothing, `SandboxDead`.
@@ -139,7 +147,7 @@ def run_suite(
     options = "-q --tb=short --assert=plain"
     if junit:
         options = f"-vv --tb=auto --junitxml={_JUNIT} -o junit_family=xunit1"
-    named = " ".join(shlex.quote(test) for test in tests)
+    named = " ".join(shlex.quote(test) for test in [*tests, *(f"--deselect={test}" for test in without)])
     script = (
         f"cd {TESTBED}; rm -f {_REPORT}; export PYTHONPATH=/tmp PYTHONUNBUFFERED=1; "
         f"{command} -p codeworld_report --continue-on-collection-errors"

@@ -287,6 +287,20 @@ def test_a_bug_that_takes_long_to_notice_is_no_task(offline, shop, tmp_path, mon
     assert "slow" in outcomes and "task" not in outcomes
 
 
+@pytest.mark.slow
+def test_slow_tests_are_neither_run_nor_expected_nor_shown(offline, tmp_path, native, monkeypatch, capsys):
+    """With the bug the slow test would fail, too: whoever could see it would be told what the statement does not say."""
+    monkeypatch.setattr("envs.swe.discovery.SLOW", 1.5)
+    slow = b"\n\ndef test_slow():\n    import time\n\n    time.sleep(3)\n    assert shop.total([2, 3]) == 5 and shop.cheapest([2, 3]) == 2\n"
+    commit(tmp_path / "shop", {"shop.py": SHOP, "test_shop.py": TESTS + slow})
+    command = ["build", "--from", str(tmp_path / "shop"), "--tasks", "mutate:1", "--out", str(tmp_path / "t")]
+    assert main(command) == 0 and "1 slow left out" in capsys.readouterr().out
+    (task,) = load_tasks(tmp_path / "t")
+    assert not [test for test in task.grader.expected if "test_slow" in test]
+    with native.create(base=task.base, workdir=task.workdir) as box:
+        assert b"test_slow" not in box.read("test_shop.py") and b"def test_" in box.read("test_shop.py")
+
+
 def test_flaky_tests_of_a_suite_are_written_down_once(tmp_path):
     builder = object.__new__(_Builder)
     builder.out = tmp_path
