@@ -252,11 +252,11 @@ def table(found: dict[str, Any], config: Config) -> str:
     at, held, forecast, took = found["placement"], found["placement"]["engine"], found["forecast"], found["latencies"]
     learner, layout, episodes = at["learner"], at["layout"], found["episodes"]
     parts = ", ".join(f"{name} {gb(size)}" for name, size in learner.items() if size)
-    where = f"{at['gpus']} GPUs" if at["tensor_parallel"] else "CPUs"
-    each = f" of {at['tensor_parallel']} GPUs" if at["tensor_parallel"] else ""
+    gpus = at["tensor_parallel"]
+    where = f"{at['gpus']} GPUs: engines of {gpus}" if gpus else "CPUs: engines"
     rows = [
         ("model", f"{found['model']['parameters'] / 1e6:,.1f} M parameters, {gb(found['model']['kv_bytes'])} of KV at {config.policy.max_context} tokens (bf16)"),
-        ("placement", f"{where}: {at['replicas']} engines{each}, a learner on {layout['ranks']} ranks, {config.rollout.workers} rollout workers"),
+        ("placement", f"{where} x {at['replicas']}, learner ranks x {layout['ranks']}, rollout workers x {config.rollout.workers}"),
         ("learner rank", f"{gb(sum(learner.values()))}: {parts}"),
         ("engine", f"{gb(held['weights'])} of weights, {gb(held['kv'])} for KV: {held['episodes']} episodes of {config.policy.max_context} tokens a replica"),
         ("episodes", "{turns:.1f} turns of {seen:.0f} + {said:.0f} tokens, tools {tool_seconds:.2f} s, boot {boot_seconds:.2f} s".format(**episodes)),

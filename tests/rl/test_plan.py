@@ -9,7 +9,7 @@ import pytest
 
 from agents.trajectory import Segment, Trajectory
 from rl import __main__ as command
-from rl import plan
+from rl import plan, train
 from rl.config import ROOT, Config, load
 from rl.latencies import Workload, book_of, from_run, line, mean_context
 from rl.plan import Forecast, simulate
@@ -221,6 +221,12 @@ def test_a_context_that_does_not_fit_is_refused() -> None:
         command.main(["plan", RECIPE, "--model", "cwm-32b", "--gpus", "2", "--policy.max_context=32768", "--learn.max_tokens=32768"])  # fmt: skip
     with pytest.raises(ValueError, match="argument '--learn' is not understood"):
         command.main(["plan", RECIPE, "--learn"])
+
+
+def test_a_dry_run_shows_the_recipe_and_its_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([RECIPE, "--dry-run", "--steps=3", "--learn.groups_per_step=2"]) == 0
+    text = capsys.readouterr().out
+    assert "groups_per_step = 2" in text and "CPUs: engines x 1, learner ranks x 1" in text and "bottleneck: " in text
 
 
 def test_forecasts_are_plain_numbers() -> None:
