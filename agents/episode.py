@@ -37,12 +37,15 @@ def run_episode(
     options: dict[str, Any] | None = None,
     sample: int = 0,
     style: str = "plain",
+    max_context: int = 0,
+    max_turns: int = 0,
     clock: Clock = lambda label: None,
 ) -> Trajectory:
     """Play task `seed` of `options["split"]` to its end.
 
     sampling: `max_tokens` is the most per turn; the task's own bound may lower it. `seed` and the turn number seed each
     completion where `sampling.seed` is set.
+    max_context, max_turns: most tokens and actions of the episode, where that is less than the environment's; 0: no bound.
     Never raises `InfraError`; the environment is left closed.
     """
     trajectory, began = Trajectory(task_id=f"{seed}", sample=sample), time.monotonic()
@@ -53,7 +56,8 @@ def run_episode(
         clock(label)
 
     try:
-        _play(env, policy, renderer, sampling, trajectory, episode, seed, options or {}, style, mark)
+        most = max_context or 1 << 30, max_turns or 1 << 30
+        _play(env, policy, renderer, sampling, trajectory, episode, seed, options or {}, style, most, mark)
     except InfraError as error:
         trajectory.reward, trajectory.outcome, trajectory.stop = None, "infra", "infra"
         trajectory.info["why"] = str(error)
@@ -78,6 +82,7 @@ def _play(
     seed: int,
     options: dict[str, Any],
     style: str,
+    most: tuple[int, int],
     clock: Clock,
 ) -> None:
     clock("reset")
@@ -87,8 +92,8 @@ def _play(
     words = STYLES[style]
     # Bounds of `envs.Env`, which other Gymnasium environments lack.
     turn_tokens = min(sampling.max_tokens, getattr(env, "turn_tokens", sampling.max_tokens))
-    context = int(getattr(env, "context_tokens", 1 << 30))
-    turns = int(getattr(env, "turns", 0))
+    context = min(int(getattr(env, "context_tokens", 1 << 30)), most[0])
+    turns = min(int(getattr(env, "turns", 0)), most[1])
     segment = Segment()
     trajectory.segments.append(segment)
     segment.observe(renderer.start(statement, words.system(getattr(env, "tools", ()))))
@@ -118,6 +123,8 @@ def _play(
             trajectory.outcome = str(info.get("outcome", "resolved" if total > 0 else "unresolved"))
             trajectory.info |= _kept(info)
             return None
+        if trajectory.turns >= most[1]:
+            return _truncate(env, trajectory, total, "turn_limit")
         shown = words.observation(text, turns - trajectory.turns, context - len(segment))
         segment.observe(renderer.extend(completion.token_ids[-1], f"tool: {info.get('tool', 'bash')}", shown))
 

@@ -124,6 +124,16 @@ class Group:
     trajectories: list[Trajectory] = field(default_factory=list)
 
     @property
+    def solved(self) -> int:
+        """Trajectories with outcome resolved."""
+        return sum(t.outcome == "resolved" for t in self.trajectories)
+
+    @property
+    def graded(self) -> int:
+        """Trajectories with a reward."""
+        return sum(t.reward is not None for t in self.trajectories)
+
+    @property
     def oldest_version(self) -> int:
         """Smallest version that sampled a token of any trajectory; -1 where none was sampled."""
         return min((t.oldest_version for t in self.trajectories if t.action_tokens), default=-1)

@@ -94,6 +94,10 @@ class Env(gymnasium.Env[str, str]):
         """The task index that a seed stands for: the seed itself, or a draw from `np_random` where there is none."""
         return int(self.np_random.integers(1 << 31)) if seed is None else seed
 
+    def size(self, split: str) -> int | None:
+        """After how many task indices the tasks of a split come round again; None: never, or not known."""
+        return None
+
     def truncate(self, stop: StopReason) -> tuple[float, dict[str, Any]]:
         """The agent had to end the episode (its context is full): last reward and info. Override it to grade what is there."""
         return 0.0, {}

@@ -16,7 +16,8 @@ T = TypeVar("T")
 
 
 def build(cls: type[T], raw: Any, where: str) -> T:
-    """An instance of a dataclass from a mapping of plain values; nested dataclasses from nested mappings.
+    """An instance of a dataclass from a mapping of plain values; nested dataclasses, mappings to dataclasses and tuples of
+    dataclasses from nested mappings and lists.
 
     where: names the place in messages, such as "recipe.toml" or "tasks.jsonl row 3".
     """
@@ -55,7 +56,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             )
         return value
     if origin is tuple and isinstance(value, list | tuple):
+        if is_dataclass(choices[0]):
+            return tuple(_value(choices[0], item, f"{where}[{at}]") for at, item in enumerate(value))
         return tuple(value)
+    if origin is Mapping and is_dataclass(choices[1]) and isinstance(value, Mapping):
+        return {key: _value(choices[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     plain = origin or hint

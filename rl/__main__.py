@@ -1,4 +1,4 @@
-"""`python -m rl (sft|plan)`: fine-tune on trajectories; foretell what a run will need and how fast it will be."""
+"""`python -m rl (plan|sft|bootstrap|rates)`: foretell a run, fine-tune on trajectories, repeat RL and SFT, measure solve rates."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ import sys
 from pathlib import Path
 
 from envs.errors import check_output, user_errors
-from rl.config import load, overrides
 
-SFT = """
+EXAMPLE = """
 examples:
   python -m rl sft --out policy/cwm_tiny                     rebuild the committed warm start (seed 0)
   python -m rl sft --from runs/tiny --out runs/tiny/sft      rejection sampling: the run's resolved trajectories
-"""
-PLAN = """
-examples:
-  python -m rl plan rl/recipes/tiny.toml                                           assumed latencies and episodes
-  python -m rl plan rl/recipes/tiny.toml --from runs/tiny --learn.max_staleness=0  a run's own, without overlap
+  python -m rl bootstrap rl/recipes/tiny_bootstrap.toml --rounds 2      RL, rejection sampling, SFT; RL from there, ...
+  python -m rl rates MY_RECIPE.toml --samples 8 --out rates.jsonl       for env.rates and env.window of a recipe
+  python -m rl plan rl/recipes/tiny.toml                                assumed latencies and episodes
+  python -m rl plan rl/recipes/tiny.toml --from runs/tiny --learn.max_staleness=0    a run's own, without overlap
   python -m rl plan rl/recipes/tiny.toml --model cwm-32b --gpus 64 --checkpoint-activations --sequence-parallel 4 \\
       --policy.max_context=32768 --policy.max_tokens=4096 --learn.max_tokens=32768 --rollout.episodes=256 --turns 40
-Every field of a recipe can be set as --section.key=value. Exit status: 0 planned; 2 it can't be done as asked: what is
-too large, and what would help.
+Fields of a recipe are set as --section.key=value. Exit status: 0 done, 1 stopped by a failure, 2 can't be run as asked.
 """
 
 
@@ -32,19 +29,24 @@ GIVEN = ("episodes", "drills", "comebacks", "inspections", "probe_weight", "epoc
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from rl import plan
-
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser("python -m rl", description=__doc__, epilog=SFT + PLAN, formatter_class=raw)
+    p = argparse.ArgumentParser(
+        "python -m rl", description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = p.add_subparsers(dest="command", required=True)
-    sft_options(commands.add_parser("sft", help="supervised fine-tuning", epilog=SFT, formatter_class=raw))
-    about = "placement, memory, speed and bottleneck of a run"
-    plan.options(commands.add_parser("plan", help=about, description=plan.__doc__, epilog=PLAN, formatter_class=raw))
+    for name, what, options in (
+        ("plan", "placement, memory, speed and bottleneck of a run", _plan),
+        ("sft", "supervised fine-tuning", _sft),
+        ("bootstrap", "rounds of RL, rejection sampling and SFT; run it again to go on", _bootstrap),
+        ("rates", "measure the solve rates of training tasks", _rates),
+    ):
+        options(
+            commands.add_parser(name, help=what, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+        )
     return p
 
 
-def sft_options(sft: argparse.ArgumentParser) -> None:
-    """Options of `sft`; their defaults are those of the committed warm start."""
+def _sft(sft: argparse.ArgumentParser) -> None:
+    """The options of `sft`; their defaults are those of the committed warm start."""
     from rl.sft import WarmStart
 
     sft.add_argument("--out", type=Path, required=True, help="model directory to write")
@@ -69,23 +71,58 @@ def sft_options(sft: argparse.ArgumentParser) -> None:
     )
 
 
+def _plan(p: argparse.ArgumentParser) -> None:
+    from rl import plan
+
+    plan.options(p)
+
+
+def _bootstrap(p: argparse.ArgumentParser) -> None:
+    p.add_argument("recipe", help="a TOML file; `steps` is the length of each round's RL, `eval.tasks` are held out")
+    p.add_argument("--rounds", type=int, default=2, help="rounds in all (default: %(default)s)")
+    p.add_argument("--epochs", type=float, default=2.0, help="passes of SFT (default: %(default)s)")
+
+
+def _rates(p: argparse.ArgumentParser) -> None:
+    p.add_argument("recipe", help="a TOML file: its policy plays the training tasks")
+    p.add_argument("--env", default="env", help="the NAME of [envs.NAME] (default: [env])")
+    p.add_argument("--tasks", type=int, default=0, help="so many from first_task on (default: all of a task set)")
+    p.add_argument("--samples", type=int, default=8, help="episodes of each task (default: %(default)s)")
+    p.add_argument("--out", type=Path, required=True, help="file of JSON lines to write")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     args, rest = parser().parse_known_args(argv)
+    if args.command == "sft":
+        return _fine_tune(args, rest)
+    from rl.config import load
+    from rl.train import changes, check
+
+    config = load(args.recipe, changes(rest))
     if args.command == "plan":
         from rl import plan
 
         check_output("--json", args.json)
-        return plan.run(args, load(args.recipe, overrides(rest)))
-    if rest:
-        parser().error(f"unrecognized arguments: {' '.join(rest)}")
-    return sft(args)
+        return plan.run(args, config)
+    if args.command == "rates":
+        from rl.evaluate import measure
+
+        check_output("--out", args.out)
+        print(measure(config, args.env, args.tasks, args.samples, args.out))
+        return 0
+    from rl.bootstrap import bootstrap, lines
+
+    check(config)
+    print(lines(bootstrap(config, args.rounds, args.epochs), config.eval.tasks))
+    return 0
 
 
-def sft(args: argparse.Namespace) -> int:
-    """Fine-tune; prints what came of it as JSON."""
+def _fine_tune(args: argparse.Namespace, rest: list[str]) -> int:
     from rl.sft import WarmStart, imitate, warm_start
 
+    if rest:
+        raise ValueError(f"argument {rest[0]!r} is not understood; `python -m rl sft --help` lists what is")
     config = WarmStart(**{name: getattr(args, name) for name in GIVEN})
     if args.run:
         facts = imitate(args.run, args.model, args.out, config, args.work)

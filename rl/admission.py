@@ -223,6 +223,10 @@ class Admission(Generic[Episode]):
             del self._ready[name]
         return late
 
+    def refuse(self, group: str) -> None:
+        """A finished group is not to be trained."""
+        del self._ready[group]
+
     def batch(self) -> list[str]:
         """Decision: the learner, idle, trains these groups now, or waits (none). Ask `stale` first."""
         assert not self.training, "a batch is being trained"

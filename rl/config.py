@@ -8,22 +8,26 @@ episodes in flight.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
 from envs.fields import build
 from rl.admission import Limits
 from rl.advantages import Algorithm, algorithm
+from rl.curriculum import Stage, overlaid
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnvConfig:
-    """What is trained on."""
+    """What is trained on: one source of tasks. A recipe has `[env]`, or several as `[envs.NAME]`."""
 
     id: str = "codeworld/SWE-v0"
     """Registered id, or `module:Class`."""
@@ -32,6 +36,34 @@ class EnvConfig:
     split: str = "train"
     first_task: int = 1_000_000
     """Index of the first training task; the warm start's experts used 0 and up."""
+    weight: float = 1.0
+    """Share of the groups, relative to the other sources': after any number of groups a source has its share within one, those
+    outside of a window not counted. A source that has no tasks left leaves its share to the others."""
+    window: tuple[float, ...] | None = None
+    """[low, high]: train on tasks with a solve rate within (CWM: [0.1, 0.7]). A task's rate is that of its latest group. A
+    finished group outside is dropped with the reason "window" and another of its source is issued; where tasks come round
+    again (a task set), those outside are passed over until the next stage. Left out: every group is trained. Several sources
+    of the same tasks with windows side by side are bins of solve rates."""
+    rates: str = ""
+    """File of solve rates that were measured before (`python -m rl rates`): tasks outside of `window` are not played at all.
+    Tasks without a rate there are."""
+    max_context: int = 0
+    """Most tokens of an episode, where that is less than the task says; 0: as the task says."""
+    max_turns: int = 0
+    """Most actions of an episode, likewise. The episode is graded as it stands then."""
+    eval_splits: tuple[str, ...] | None = None
+    """Splits of this source that evaluations play; left out: `eval.splits`."""
+
+    def __post_init__(self) -> None:
+        if not (isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"weight={self.weight} is no share; give a number, at least 0")
+        if self.window is not None and not (len(self.window) == 2 and 0 <= self.window[0] <= self.window[1] <= 1):
+            raise ValueError(f"window={list(self.window)} is no range of solve rates; give [low, high], each 0 to 1")
+        if self.rates and self.window is None:
+            raise ValueError(f"rates={self.rates!r} is of no use without a window; give window = [low, high] too")
+        for name in ("max_context", "max_turns"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative; 0 is the task's own bound")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +174,10 @@ class Config:
     keep_trajectories: bool = True
     """Write every trained trajectory to `trajectories/` (token ids, masks, log-probs, versions)."""
     env: EnvConfig = field(default_factory=EnvConfig)
+    envs: Mapping[str, EnvConfig] = field(default_factory=dict)
+    """Several sources of tasks, mixed by their weights, in place of `[env]`: `[envs.NAME]` with its fields."""
+    stages: tuple[Stage, ...] = ()
+    """What changes while the run goes on (`[[stages]]`, `rl.curriculum.Stage`); each stage keeps what those before changed."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     learn: LearnConfig = field(default_factory=LearnConfig)
@@ -168,6 +204,55 @@ class Config:
             )
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name!r} is no directory name; use letters, digits, - and _")
+        self._check_sources()
+        assert len(self.staged) == len(self.stages) + 1  # building them checks them
+
+    def _check_sources(self) -> None:
+        if self.envs and self.env != EnvConfig():
+            raise ValueError(f"both [env] and [envs.{next(iter(self.envs))}] are given; keep one of the two forms")
+        for name, source in self.sources.items():
+            if not re.fullmatch(r"[\w-]+", name, re.ASCII):
+                raise ValueError(f"envs.{name!r} is no name of a source; use letters, digits, - and _")
+            if source.max_context > self.policy.max_context:
+                raise ValueError(
+                    f"max_context={source.max_context} of {name} is more than the engine holds, policy.max_context="
+                    f"{self.policy.max_context}; lower the first or raise the second"
+                )
+        if not any(source.weight for source in self.sources.values()):
+            raise ValueError("weight is 0 for every source of tasks; give one at least a weight above 0")
+
+    @property
+    def sources(self) -> Mapping[str, EnvConfig]:
+        """Name -> source of tasks; the one of `[env]` is called "env"."""
+        return self.envs or {"env": self.env}
+
+    @cached_property
+    def staged(self) -> tuple[Config, ...]:
+        """The recipe as it is before the first stage and in each of them; `ValueError` where a stage can't be."""
+        found, raw = [self], asdict(self) | {"stages": ()}
+        for at, stage in enumerate(self.stages):
+            if at and stage.step <= self.stages[at - 1].step:
+                raise ValueError(f"stages[{at}].step={stage.step} is not above the one before; put the stages in order")
+            raw = overlaid(raw, stage, several=bool(self.envs))
+            found.append(build(Config, raw, f"stages[{at}] (step {stage.step})"))
+        return tuple(found)
+
+    @property
+    def environments(self) -> list[EnvConfig]:
+        """Every source in every stage, equal ones once."""
+        found: list[EnvConfig] = []
+        for config in self.staged:
+            found += [source for source in config.sources.values() if source not in found]
+        return found
+
+    @property
+    def evaluations(self) -> dict[str, tuple[str, str]]:
+        """What an evaluation plays: its name -> source and split. With one source the split is its name."""
+        return {
+            f"{name}.{split}" if self.envs else split: (name, split)
+            for name, source in self.sources.items()
+            for split in (self.eval.splits if source.eval_splits is None else source.eval_splits)
+        }
 
     @property
     def directory(self) -> Path:
@@ -191,25 +276,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raw = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {path} is not TOML: {error}; repair that line") from None
-    own = raw.get("env", {})
-    if any(o.startswith("env.id=") and o != f"env.id={own.get('id')}" for o in overrides):
-        own.pop("kwargs", None)  # they are another environment's
+    for where, own in {"env": raw.get("env", {}), **{f"envs.{k}": v for k, v in raw.get("envs", {}).items()}}.items():
+        if any(o.startswith(f"{where}.id=") and o != f"{where}.id={own.get('id')}" for o in overrides):
+            own.pop("kwargs", None)  # they are another environment's
     for override in overrides:
         _apply(raw, override)
     return build(Config, {"name": path.stem, **raw}, str(path))
 
 
-def overrides(arguments: Sequence[str]) -> list[str]:
-    """What a command line says of a recipe's fields, as `load` takes it; `ValueError` for anything else on it."""
-    for item in arguments:
-        if not item.startswith("--") or "=" not in item:
-            raise ValueError(
-                f"argument {item!r} is not understood; fields of the recipe are set as --section.key=value"
-            )
-    return [item[2:] for item in arguments]
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
+def _apply(raw: Any, override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
         raise ValueError(f"override {override!r} is not of the form --section.key=value")
@@ -219,9 +294,16 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         value = text
     *sections, last = key.split(".")
     for section in sections:
-        raw = raw.setdefault(section, {})
-        if not isinstance(raw, dict):
+        if isinstance(raw, list):  # of [[stages]]
+            if not section.isdigit() or int(section) >= len(raw):
+                raise ValueError(f"override {override!r}: there is no {section!r} among {len(raw)}; they count from 0")
+            raw = raw[int(section)]
+        else:
+            raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict | list):
             raise ValueError(f"override {override!r}: {section!r} is a value, not a section")
+    if isinstance(raw, list):
+        raise ValueError(f"override {override!r}: name a field of one of them, such as --{key}.step=1")
     raw[last] = value
 
 
@@ -229,6 +311,7 @@ def dump(config: Config) -> str:
     """The resolved recipe as TOML; `load` of it gives the same run."""
     lines: list[str] = []
     raw = asdict(config)
+    del raw["env" if config.envs else "envs"]
     for table in ({"": raw}, {k: v for k, v in raw.items() if isinstance(v, dict)}):
         for name, values in table.items():
             lines += [f"\n[{name}]"] if name else []
@@ -242,7 +325,7 @@ def dump(config: Config) -> str:
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return json.dumps(value)

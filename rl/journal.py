@@ -50,6 +50,10 @@ CREATE TABLE IF NOT EXISTS groups (
     trained_step INTEGER,
     reason TEXT,
     attempts INTEGER NOT NULL DEFAULT 0,
+    source TEXT NOT NULL DEFAULT 'env',
+    stage INTEGER NOT NULL DEFAULT 0,
+    solved INTEGER NOT NULL DEFAULT 0,
+    graded INTEGER NOT NULL DEFAULT 0,
     created REAL NOT NULL,
     updated REAL NOT NULL,
     CHECK ((state = 'trained') = (trained_step IS NOT NULL)),
@@ -59,6 +63,12 @@ CREATE TABLE IF NOT EXISTS groups (
 CREATE INDEX IF NOT EXISTS by_state ON groups (state, trained_step);
 """
 
+_ADDED = (
+    "source TEXT NOT NULL DEFAULT 'env'",
+    *(f"{c} INTEGER NOT NULL DEFAULT 0" for c in ("stage", "solved", "graded")),
+)
+"""Columns that a journal of version 0.1.0 may lack: one source, one stage, and no solve rates."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
@@ -66,9 +76,16 @@ class Entry:
 
     id: str
     task_index: int
-    """Position in the feed of tasks."""
+    """Task index in its source."""
     task_id: str
     state: str
+    source: str
+    stage: int
+    """Of the curriculum (`rl/curriculum.py`), when it was issued."""
+    solved: int
+    """Its trajectories with outcome resolved, since it finished."""
+    graded: int
+    """Its trajectories with a reward, likewise."""
     issued_version: int | None
     """Version of the weights when it was last started."""
     trained_step: int | None
@@ -105,6 +122,10 @@ class Journal:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+            found = {row[1] for row in self._db.execute("PRAGMA table_info(groups)")}
+            for column in _ADDED:
+                if column.split()[0] not in found:
+                    self._db.execute(f"ALTER TABLE groups ADD COLUMN {column}")
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise ValueError(f"journal {path}: {error}; remove it or choose another run directory") from error
@@ -116,15 +137,15 @@ class Journal:
 
     # ------------------------------------------------------------------ moves
 
-    def issue(self, group: str, task_index: int, task_id: str) -> None:
+    def issue(self, group: str, task_index: int, task_id: str, source: str = "env", stage: int = 0) -> None:
         """A new group: pending."""
         now = self._clock()
         with self._transaction():
             assert self._state(group) is None, f"group {group} was issued before"
             self._db.execute(
-                "INSERT INTO groups (id, task_index, task_id, state, created, updated)"
-                " VALUES (?, ?, ?, 'pending', ?, ?)",
-                (group, task_index, task_id, now, now),
+                "INSERT INTO groups (id, task_index, task_id, source, stage, state, created, updated)"
+                " VALUES (?, ?, ?, ?, ?, 'pending', ?, ?)",
+                (group, task_index, task_id, source, stage, now, now),
             )
 
     def start(self, group: str, version: int) -> None:
@@ -137,7 +158,14 @@ class Journal:
 
     def finish(self, group: Group) -> None:
         """running -> done, with its trajectories."""
-        self._move(group.id, ("running",), "done", "payload = ?", (_pack(group),))
+        values = _pack(group), group.solved, group.graded
+        self._move(group.id, ("running",), "done", "payload = ?, solved = ?, graded = ?", values)
+
+    def reject(self, group: Group, reason: str) -> None:
+        """running -> dropped, of a group that has finished: its solve rate is kept."""
+        with self._transaction():
+            self.finish(group)
+            self.drop(group.id, reason)
 
     def train(self, groups: Sequence[str], step: int) -> None:
         """done -> trained, all of a batch in one transaction; `step` is the version that training them led to.
@@ -188,15 +216,14 @@ class Journal:
     # ------------------------------------------------------------------ questions
 
     def entries(self, state: str | None = None) -> list[Entry]:
-        """All rows, or those in one state, in the order of the feed."""
+        """All rows, or those in one state, in the order of their issue."""
         where, values = ("WHERE state = ?", (state,)) if state else ("", ())
+        names = Entry.__dataclass_fields__
         with self._lock:
             rows = self._db.execute(
-                "SELECT id, task_index, task_id, state, issued_version, trained_step, reason, attempts"
-                f" FROM groups {where} ORDER BY task_index, rowid",
+                f"SELECT {', '.join(names)} FROM groups {where} ORDER BY rowid",
                 values,
             ).fetchall()
-        names = Entry.__dataclass_fields__
         return [Entry(**dict(zip(names, row, strict=True))) for row in rows]
 
     def load(self, group: str) -> Group:
@@ -210,11 +237,6 @@ class Journal:
         """State -> number of groups; states without a group are absent."""
         with self._lock:
             return dict(self._db.execute("SELECT state, COUNT(*) FROM groups GROUP BY state").fetchall())
-
-    def next_index(self) -> int:
-        """The first task index that no group has been issued for."""
-        with self._lock:
-            return int(self._db.execute("SELECT COALESCE(MAX(task_index) + 1, 0) FROM groups").fetchone()[0])
 
     # ------------------------------------------------------------------ inside
 

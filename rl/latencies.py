@@ -8,14 +8,63 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from agents.trajectory import Trajectory
 from rl.memory import Shape
 from rl.metrics import read
-from rl.virtual import Book, Latencies, Played, Turn
+
+
+class Turn(NamedTuple):
+    """One turn of a played episode."""
+
+    seen: int
+    """Tokens before it: the prompt, or the last observation."""
+    said: int
+    """Tokens that the policy samples."""
+    tool: float
+    """Seconds that the environment then takes; in the last turn its end and the grading."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Played:
+    """An episode, as it goes in every simulation."""
+
+    boot: float
+    """Seconds until the first prompt."""
+    turns: tuple[Turn, ...]
+    reward: float
+
+
+Book = Sequence[Sequence[Played]]
+"""Groups of episodes: those of one task, which resemble one another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latencies:
+    """How long what takes. Seconds are those of a part that has its core or its GPUs to itself."""
+
+    decode: float
+    """Seconds of a decode step, whatever its rows: reading the weights, launching."""
+    decode_row: float = 0.0
+    """Seconds more for each row."""
+    prefill: float = 0.0
+    """Seconds per prompt token that is new to the engine."""
+    swap: float = 0.0
+    """Seconds that a publish stops an engine: copying the weights, the parity check."""
+    learn: float
+    """Seconds per token of the rows in the gradient."""
+    learn_step: float = 0.0
+    """Seconds more per batch."""
+    publish: float = 0.0
+    """Seconds from the end of training until the weights are at the engines."""
+    batch: float = 0.0
+    """Seconds per batch that the loop's own thread takes: filters, rows, records."""
+    cores: float = math.inf
+    """So many of engine and learner compute at full speed at once; the others share. Infinite where each has its GPUs."""
 
 
 def from_run(directory: Path) -> tuple[Latencies, Book]:

@@ -6,7 +6,7 @@
        └────────────────────────────── version + 1 ◄───────────────────────────────────────────┘
 
     stage      consumes        produces        waits for                                unblocked by
-    feed       task indices    orders          a free episode slot; the staleness       an episode's end;
+    feed       the curriculum  orders          a free episode slot; the staleness       an episode's end;
                                                bound (`Admission.may_issue`)            a publish
     roll out   orders          trajectories    the engine, the sandbox (`worker.py`)    their answers
     batch      trajectories    groups, rows    G trajectories of a group;               an episode's end
@@ -36,6 +36,7 @@ from envs.errors import InfraError
 from rl.admission import Admission, Closed
 from rl.batch import BatchReport, rows_of
 from rl.config import Config
+from rl.curriculum import Exhausted, Pick, curriculum
 from rl.parts import Parts
 from rl.record import Record
 from rl.spawn import Handle
@@ -72,6 +73,7 @@ class _Evaluation:
 
     step: int
     split: str
+    """With several sources of tasks: source.split."""
     missing: int
     done: list[Trajectory] = field(default_factory=list)
 
@@ -97,11 +99,12 @@ class Loop:
             policy=config.learn.stale,
         )
         self.admission = Admission[Order](bound, config.admission, max_in_flight=config.rollout.in_flight)
-        self.step = self.version = self.next_task = 0
+        self.curriculum = curriculum(config)
+        self.step = self.version = 0
         self.inbox = inbox or queue.SimpleQueue[Event]()
         self.open: dict[str, Group] = {}
         self.ready: dict[str, Group] = {}
-        self.reissue: deque[tuple[str, int]] = deque()
+        self.reissue: deque[Pick] = deque()
         self.evaluations: dict[str, _Evaluation] = {}
         self.infra = self.dropped = 0
         self.lost = 0  # episodes in a row
@@ -121,8 +124,8 @@ class Loop:
         journal.resume(step)
         self.ready = {e.id: journal.load(e.id) for e in journal.entries("done")}
         self.admission.resume(step, {name: group.oldest_version for name, group in self.ready.items()})
-        self.reissue = deque((e.id, e.task_index) for e in journal.entries("pending"))
-        self.next_task = max(0, journal.next_index() - self.config.env.first_task)
+        self.curriculum.resume(journal.entries())
+        self.reissue = deque(self.curriculum.picks[e.id] for e in journal.entries("pending"))
         self.evaluated = self.record.evaluated()
         self.infra, self.dropped = (int(self.record.before.get(k, 0)) for k in ("infra", "dropped_groups"))
 
@@ -168,25 +171,32 @@ class Loop:
         if self.admission.outstanding >= needed or not self.admission.may_issue():
             return False
         if self.reissue:
-            self.issue(*self.reissue.popleft())
+            self.issue(self.reissue.popleft())
             return True
-        index, self.next_task = self.config.env.first_task + self.next_task, self.next_task + 1
-        self.record.journal.issue(f"g{index}", index, f"{self.config.env.split}/{index}")
-        self.issue(f"g{index}", index)
+        pick = self.curriculum.next(self.step)
+        if pick is None:  # what is under way may still make a batch
+            batch = len(self.ready) >= self.config.learn.groups_per_step
+            if not (batch or self.open or self.learning or self.evaluations):
+                raise Exhausted(self.curriculum.none_left(self.step))
+            return False
+        split = self.config.sources[pick.source].split
+        self.record.journal.issue(pick.group, pick.index, f"{split}/{pick.index}", pick.source, pick.stage)
+        self.issue(pick)
         return True
 
-    def issue(self, name: str, index: int) -> None:
+    def issue(self, pick: Pick) -> None:
         """Note the start of a group in the journal and put its orders in line."""
-        self.record.journal.start(name, self.version)
-        self.open[name] = Group(name, str(index))
-        size = self.config.rollout.group_size + self.config.admission.spare
-        split, temperature = self.config.env.split, self.config.policy.temperature
-        self.admission.issue(name, self._orders(name, split, index, size, temperature))
+        self.record.journal.start(pick.group, self.version)
+        self.open[pick.group] = Group(pick.group, str(pick.index))
+        staged = self.config.staged[pick.stage]
+        size = staged.rollout.group_size + self.config.admission.spare
+        split, temperature = staged.sources[pick.source].split, staged.policy.temperature
+        self.admission.issue(pick.group, self._orders(pick, split, size, temperature))
 
-    def _orders(self, group: str, split: str, index: int, size: int, temperature: float) -> Iterator[Order]:
+    def _orders(self, pick: Pick, split: str, size: int, temperature: float) -> Iterator[Order]:
         for sample in range(size):
-            seed = zlib.crc32(f"{self.config.seed}/{group}/{index}/{sample}".encode()) & 0x7FFFFFFF
-            yield Order(group=group, split=split, index=index, sample=sample, temperature=temperature, seed=seed)
+            seed = zlib.crc32(f"{self.config.seed}/{pick.group}/{pick.index}/{sample}".encode()) & 0x7FFFFFFF
+            yield Order(**vars(pick), split=split, sample=sample, temperature=temperature, seed=seed)
 
     def _send(self, order: Order) -> None:
         at = min(range(len(self.load)), key=self.load.__getitem__)
@@ -261,9 +271,13 @@ class Loop:
         group.task_id = group.trajectories[0].task_id
         if closed.drop is not None:
             self._drop(group.id, closed.drop)
-            return
-        self.record.journal.finish(group)
-        self.ready[group.id] = group
+        elif self.curriculum.observe(group.id, group.solved, group.graded):
+            self.record.journal.finish(group)
+            self.ready[group.id] = group
+        else:
+            self.admission.refuse(group.id)
+            self.dropped += 1
+            self.record.journal.reject(group, "window")
 
     def _drop(self, name: str, reason: str) -> None:
         self.dropped += 1
@@ -332,11 +346,12 @@ class Loop:
         if not self.config.eval.every or self.step in self.evaluated:
             return
         self.evaluated.add(self.step)
-        for split in self.config.eval.splits:
-            name = f"eval/{split}/{self.step}"
-            self.evaluations[name] = _Evaluation(self.step, split, self.config.eval.tasks)
+        for label, (source, split) in self.config.evaluations.items():
+            name = f"eval/{label}/{self.step}"
+            self.evaluations[name] = _Evaluation(self.step, label, self.config.eval.tasks)
             for index in range(self.config.eval.tasks):
-                self.admission.queue(self._orders(name, split, index, 1, self.config.eval.temperature))
+                pick = Pick(group=name, source=source, index=index, stage=0)
+                self.admission.queue(self._orders(pick, split, 1, self.config.eval.temperature))
 
     def _evaluated(self, name: str, trajectory: Trajectory) -> None:
         evaluation = self.evaluations[name]

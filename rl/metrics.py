@@ -7,9 +7,13 @@ evaluations under `step/…` and `eval/<split>/…`.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agents.trajectory import Group
 
 GLOSSARY: dict[str, str] = {
     "step": "batches trained on so far",
@@ -40,6 +44,10 @@ GLOSSARY: dict[str, str] = {
     "stops": "trajectories of the batch by what ended them",
     "infra": "episodes lost to infrastructure since the run started; each was tried again or left out",
     "dropped_groups": "groups dropped since the run started, with or without a try at training",
+    "source_groups": "groups of the batch by source of tasks, where a recipe has several",
+    "source_reward": "mean return of the batch's graded trajectories, by source",
+    "source_solve": "share of the batch's graded trajectories with outcome resolved, by source",
+    "outside": "groups dropped since the run started for a solve rate outside of their source's window, by source",
     "in_flight": "episodes in flight when the step ended",
     "engine_busy": "share of the step's wall clock in which the engine computed",
     "env_busy": "mean episodes in an environment's reset or step (sandbox work), over the step's wall clock",
@@ -48,6 +56,20 @@ GLOSSARY: dict[str, str] = {
     "solve": "share of the evaluation's episodes with outcome resolved",
     "n": "episodes of the evaluation",
 }
+
+
+def by_source(groups: Sequence[Group], source_of: Callable[[str], str]) -> dict[str, dict[str, float]]:
+    """The metrics `source_*` of a batch; `source_of` names the source of a group by its id."""
+    found: dict[str, list[Group]] = defaultdict(list)
+    for group in groups:
+        found[source_of(group.id)].append(group)
+    graded = {name: max(1, sum(g.graded for g in of)) for name, of in found.items()}
+    paid = {name: sum(t.reward or 0.0 for g in of for t in g.trajectories) for name, of in found.items()}
+    return {
+        "source_groups": {name: len(of) for name, of in found.items()},
+        "source_reward": {name: paid[name] / graded[name] for name in found},
+        "source_solve": {name: sum(g.solved for g in of) / graded[name] for name, of in found.items()},
+    }
 
 
 class Sink:

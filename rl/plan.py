@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from rl.clock import Inbox
 from rl.config import Config
-from rl.latencies import DEVICES, Hardware, Workload, assumed, facts, from_run, longest, mean_context
+from rl.latencies import DEVICES, Book, Hardware, Latencies, Workload, assumed, facts, from_run, longest, mean_context
 from rl.ledger import bottleneck, busy_share
 from rl.loop import Loop
 from rl.memory import HEAP, LIBRARIES, EngineMemory, Layout, LearnerMemory, Shape, engine, fit, gb
-from rl.virtual import Book, Inbox, Latencies, Parts, Tally
+from rl.virtual import Parts, Tally
 
 STEPS = 24
 """Most batches that a forecast simulates."""

@@ -25,7 +25,7 @@ from rl.batch import BatchReport
 from rl.config import Config, dump
 from rl.journal import Journal, RunLock
 from rl.ledger import bottleneck, busy_share, merge, summary
-from rl.metrics import Sink, read, truncate
+from rl.metrics import Sink, by_source, read, truncate
 from rl.parts import Parts
 from rl.report import write_report
 from rl.view import View
@@ -87,7 +87,7 @@ class Record:
     def evaluated(self) -> set[int]:
         """Steps whose evaluation is on record for every split."""
         rows = [r for r in read(self.directory / "metrics.jsonl") if r["kind"] == "eval"]
-        return {r["step"] for r in rows if sum(o["step"] == r["step"] for o in rows) >= len(self.config.eval.splits)}
+        return {r["step"] for r in rows if sum(o["step"] == r["step"] for o in rows) >= len(self.config.evaluations)}
 
     # ------------------------------------------------------------------ what the loop reports
 
@@ -120,6 +120,8 @@ class Record:
             "dropped": report.dropped,
             "stops": report.stops,
         }
+        if self.config.envs:
+            self._row |= by_source(groups, lambda group: loop.curriculum.picks[group].source)
 
     def parity(self, loop: Loop, parity: float) -> None:
         """The publish that followed the batch is proven: the row is complete."""
@@ -130,6 +132,8 @@ class Record:
             "dropped_groups": loop.dropped,
             "in_flight": loop.admission.in_flight,
         }
+        if any(source.window for source in self.config.environments):
+            row["outside"] = dict(loop.curriculum.outside)
         row["wall"] = round(time.monotonic() - self.began, 3)
         row |= self._busy()
         self.sink.write("step", row)

@@ -14,6 +14,7 @@ from rl.metrics import GLOSSARY, read
 CHARTS = (
     ("Held-out tasks solved", ("solve",)),
     ("Training reward and solve rate", ("reward", "solve_rate")),
+    ("Solve rate by source of tasks", ("source_solve",)),
     ("Groups with a signal", ("live_groups",)),
     ("Entropy, nats", ("entropy",)),
     ("Mismatch KL, nats a token", ("mismatch_kl",)),
@@ -68,6 +69,10 @@ def _curves(rows: list[dict[str, Any]], names: Sequence[str]) -> list[Curve]:
     if names == ("solve",):
         splits = sorted({r["split"] for r in rows if r["kind"] == "eval"})
         return [(s, [(r["step"], r["solve"]) for r in rows if r["kind"] == "eval" and r["split"] == s]) for s in splits]
+    if names == ("source_solve",):
+        found = [(r["step"], r["source_solve"]) for r in rows if "source_solve" in r]
+        sources = sorted({name for _, solve in found for name in solve})
+        return [(name, [(step, solve[name]) for step, solve in found if name in solve]) for name in sources]
     return [(n, [(r["step"], r[n]) for r in rows if r["kind"] == "step" and n in r]) for n in names]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path.append(str(Path.cwd()))  # --env.id=mymodule:MyEnv, from the folder that holds it
 
 from envs.errors import InfraError, user_errors
-from rl.config import Config, dump, load, overrides
+from rl.config import Config, dump, load
 
 if TYPE_CHECKING:
     from rl.loop import Loop
@@ -27,6 +28,7 @@ examples:
   python rl/train.py rl/recipes/tiny.toml
   python rl/train.py rl/recipes/tiny.toml --name=mine --steps=2 --learn.algorithm=grpo
   python rl/train.py rl/recipes/tiny.toml --resume              after Ctrl-C, or a crash
+  python rl/train.py examples/curriculum.toml --envs.repairs.weight=2   two environments, a window of solve rates, a stage
   python rl/train.py rl/recipes/tiny.toml --spawn threads --workers 1   one episode at a time, breakpoint() works
 Every field of a recipe can be set as --section.key=value; `rl/config.py` documents each. Exit status: 0 trained,
 1 stopped by a failure (resume it), 2 can't be run as asked, 130 Ctrl-C.
@@ -58,42 +60,58 @@ def parser() -> argparse.ArgumentParser:
 def configure(argv: list[str]) -> tuple[Config, argparse.Namespace]:
     """The run's config from the command line. `ValueError` for whatever is wrong with it, before anything starts."""
     args, rest = parser().parse_known_args(argv)
-    given = overrides(rest)
-    given += [f"rollout.spawn={args.spawn}"] if args.spawn else []
-    given += [f"rollout.workers={args.workers}"] if args.workers is not None else []
-    config = load(args.recipe, given)
+    overrides = changes(rest)
+    overrides += [f"rollout.spawn={args.spawn}"] if args.spawn else []
+    overrides += [f"rollout.workers={args.workers}"] if args.workers is not None else []
+    config = load(args.recipe, overrides)
     kept = config.directory / "recipe.toml"
-    return (again(kept, given) if args.resume and kept.is_file() else config), args
+    return (again(kept, overrides) if args.resume and kept.is_file() else config), args
 
 
-def again(recipe: Path, given: list[str]) -> Config:
+def changes(rest: Sequence[str]) -> list[str]:
+    """`--section.key=value` arguments as overrides of a recipe."""
+    for item in rest:
+        if not item.startswith("--") or "=" not in item:
+            raise ValueError(
+                f"argument {item!r} is not understood; fields of the recipe are set as --section.key=value"
+            )
+    return [item[2:] for item in rest]
+
+
+def again(recipe: Path, overrides: list[str]) -> Config:
     """The config of a run that goes on: that which it was started with, and what this command line changes."""
-    before, config = dump(load(recipe)).splitlines(), load(recipe, given)
+    before, config = dump(load(recipe)).splitlines(), load(recipe, overrides)
     changed = [line for line in dump(config).splitlines() if line not in before]
     print(f"recipe: {recipe}" + "".join(f"\nchanged by this command line: {line}" for line in changed), flush=True)
     return config
 
 
 def check(config: Config) -> None:
-    """Fail in one line, before any process starts, for what can be known here: env, splits, backend, model."""
+    """Fail in one line, before any process starts, for what can be known here: envs, splits, tasks, backend, model."""
     from envs.registration import make
     from policy.renderer import Renderer
+    from rl.curriculum import curriculum
 
     Renderer(config.model)
-    env = make(config.env.id, **config.env.kwargs)
-    try:
-        backend = getattr(env, "backend", None)
-        if backend is not None:
-            print(f"sandboxes: {backend.name}", flush=True)
-        for split in dict.fromkeys((config.env.split, *(config.eval.splits if config.eval.every else ()))):
-            env.reset(seed=config.env.first_task, options={"split": split})
-    finally:
-        env.close()
+    curriculum(config)
+    backends: set[str] = set()
+    for source in config.environments:
+        env = make(source.id, **source.kwargs)
+        held_out = config.eval.splits if source.eval_splits is None else source.eval_splits
+        try:
+            backends |= {backend.name for backend in [getattr(env, "backend", None)] if backend is not None}
+            for split in dict.fromkeys((source.split, *(held_out if config.eval.every else ()))):
+                env.reset(seed=source.first_task, options={"split": split})
+        finally:
+            env.close()
+    if backends:
+        print(f"sandboxes: {', '.join(sorted(backends))}", flush=True)
 
 
 def train(config: Config, *, resume: bool = False) -> str:
     """One run, start to end; returns its summary. What it had finished survives any failure (`--resume`)."""
     from rl import spawn
+    from rl.curriculum import Exhausted
     from rl.loop import Loop
     from rl.parts import Parts
     from rl.record import Record
@@ -109,7 +127,7 @@ def train(config: Config, *, resume: bool = False) -> str:
             restore(loop, parts, record)
         try:
             loop.run()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Exhausted):
             record.interrupt(loop, whole=loop.settle())
             print(f"stopped at step {loop.step}; go on with --resume", flush=True)
             raise

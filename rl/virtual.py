@@ -1,6 +1,5 @@
 """A run on a virtual clock: `rl/loop.py` itself, with parts that only take time.
 
-    Clock     seconds that pass by jumping to the next event
     Engine    replicas, each behind its `rl.admission.Budget`: prefill and decode at the pace of `Latencies`
     Worker    plays orders by the book: a `Played` episode says how many tokens and seconds each turn takes
     Learner   takes its seconds per token
@@ -17,140 +16,21 @@ second while n turns are decoded; prompts are prefilled one after the other whil
 from __future__ import annotations
 
 import heapq
-import math
-import queue
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 from agents.trajectory import Segment, Trajectory
 from rl.admission import Budget
 from rl.batch import BatchReport, Row
+from rl.clock import Clock, Do
 from rl.config import Config
+from rl.latencies import Book, Latencies, Played
 from rl.ledger import Ledger, merge
 from rl.worker import Order
-
-Do = Callable[[], None]
-
-
-class Turn(NamedTuple):
-    """One turn of a played episode."""
-
-    seen: int
-    """Tokens before it: the prompt, or the last observation."""
-    said: int
-    """Tokens that the policy samples."""
-    tool: float
-    """Seconds that the environment then takes; in the last turn its end and the grading."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Played:
-    """An episode, as it goes in every simulation."""
-
-    boot: float
-    """Seconds until the first prompt."""
-    turns: tuple[Turn, ...]
-    reward: float
-
-
-Book = Sequence[Sequence[Played]]
-"""Groups of episodes: those of one task, which resemble one another."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latencies:
-    """How long what takes. Seconds are those of a part that has its core or its GPUs to itself."""
-
-    decode: float
-    """Seconds of a decode step, whatever its rows: reading the weights, launching."""
-    decode_row: float = 0.0
-    """Seconds more for each row."""
-    prefill: float = 0.0
-    """Seconds per prompt token that is new to the engine."""
-    swap: float = 0.0
-    """Seconds that a publish stops an engine: copying the weights, the parity check."""
-    learn: float
-    """Seconds per token of the rows in the gradient."""
-    learn_step: float = 0.0
-    """Seconds more per batch."""
-    publish: float = 0.0
-    """Seconds from the end of training until the weights are at the engines."""
-    batch: float = 0.0
-    """Seconds per batch that the loop's own thread takes: filters, rows, records."""
-    cores: float = math.inf
-    """So many of engine and learner compute at full speed at once; the others share. Infinite where each has its GPUs."""
-
-
-class Clock:
-    """Virtual seconds. `wait` is for what sleeps; `work` for what computes, slower while more compute than `cores` allow."""
-
-    def __init__(self, cores: float = math.inf) -> None:
-        self.now = self.worked = 0.0
-        """Seconds passed, and those of a part that computed all the while."""
-        self.computing = 0
-        self._cores = cores
-        self._waits: list[tuple[float, int, Do]] = []
-        self._works: list[tuple[float, int, Do]] = []
-        self._order = count()
-
-    def __call__(self) -> float:
-        """Now, for whom a clock is a function."""
-        return self.now
-
-    def wait(self, seconds: float, do: Do) -> None:
-        """Do something later."""
-        heapq.heappush(self._waits, (self.now + seconds, next(self._order), do))
-
-    def work(self, seconds: float, do: Do) -> None:
-        """Do something when so much work is done; the caller counts itself in `computing` meanwhile."""
-        heapq.heappush(self._works, (self.worked + seconds, next(self._order), do))
-
-    def advance(self, limit: float = math.inf) -> bool:
-        """Jump to the next event and let it happen; to `limit` where there is none before, and say False."""
-        speed = min(1.0, self._cores / self.computing) if self.computing else 1.0
-        wait = self._waits[0][0] if self._waits else math.inf
-        work = self.now + (self._works[0][0] - self.worked) / speed if self._works else math.inf
-        at = min(wait, work)
-        if at > limit or at == math.inf:
-            at = self.now if limit == math.inf else limit
-            self.worked, self.now = self.worked + (at - self.now) * speed, at
-            return False
-        event = heapq.heappop(self._waits if wait <= work else self._works)
-        self.worked = self.worked + (at - self.now) * speed if wait <= work else event[0]
-        self.now = at
-        event[2]()
-        return True
-
-    @property
-    def still(self) -> bool:
-        """Nothing will ever happen by itself."""
-        return not self._waits and not self._works
-
-    def until(self, limit: float) -> None:
-        """Let everything happen up to `limit`."""
-        while self.advance(limit):
-            pass
-
-
-class Inbox(queue.SimpleQueue[Any]):
-    """The loop's inbox: who waits for it makes time pass."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        """The next event; `queue.Empty` where none comes in time. Asserts that something is on its way: a loop that needs a
-        timeout to go on stands still in a real run."""
-        limit = math.inf if timeout is None else self.clock.now + timeout
-        while self.empty():
-            assert not self.clock.still, "the loop waits, and nothing is on its way"
-            if not self.clock.advance(limit):
-                raise queue.Empty
-        return super().get(block=False)
 
 
 @dataclass(eq=False)

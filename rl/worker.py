@@ -31,6 +31,10 @@ class Order:
     split: str
     index: int
     """Task index in the split."""
+    source: str = "env"
+    """The source of the task, by its name in `Config.sources`."""
+    stage: int = 0
+    """The stage by whose recipe it is played (`Config.staged`)."""
     sample: int
     """Index in the group."""
     temperature: float
@@ -75,15 +79,18 @@ class RolloutWorker:
         self._free: queue.SimpleQueue[Ledger] = queue.SimpleQueue()
         for ledger in self._ledgers:
             self._free.put(ledger)
-        make(config.env.id, **config.env.kwargs).close()  # a bad id or argument fails here, in one line
+        for source in config.environments:  # a bad id or argument fails here, in one line
+            make(source.id, **source.kwargs).close()
 
     def play(self, order: Order) -> Trajectory:
         """One episode. Never raises for the infrastructure."""
-        env = make(self.config.env.id, **self.config.env.kwargs)
+        config = self.config.staged[order.stage]
+        source = config.sources[order.source]
+        env = make(source.id, **source.kwargs)
         sampling = Sampling(
             temperature=order.temperature,
-            top_p=self.config.policy.top_p,
-            max_tokens=self.config.policy.max_tokens,
+            top_p=config.policy.top_p,
+            max_tokens=config.policy.max_tokens,
             seed=order.seed,
         )
         ledger = self._free.get()  # waits for a slot
@@ -97,7 +104,9 @@ class RolloutWorker:
                 seed=order.index,
                 options={"split": order.split},
                 sample=order.sample,
-                style=self.config.policy.style,
+                style=config.policy.style,
+                max_context=source.max_context,
+                max_turns=source.max_turns,
                 clock=ledger.switch,
             )
         finally:

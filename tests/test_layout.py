@@ -34,7 +34,15 @@ def test_the_light_half_imports_nothing_heavy(module):
 
 @pytest.mark.parametrize(
     "command",
-    [["rl/train.py"], ["-m", "rl"], ["-m", "rl", "sft"], ["-m", "envs"], ["-m", "envs", "play"], ["-m", "benchmarks"]],
+    [
+        ["rl/train.py"],
+        ["-m", "rl"],
+        ["-m", "rl", "sft"],
+        ["-m", "rl", "bootstrap"],
+        ["-m", "envs"],
+        ["-m", "envs", "play"],
+        ["-m", "benchmarks"],
+    ],
 )
 def test_every_command_has_help_with_an_example(command, tmp_path):
     where = ROOT if command[0] == "-m" else tmp_path  # a script runs from anywhere

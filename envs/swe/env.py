@@ -47,7 +47,18 @@ def task_source(tasks: str | Sequence[Task], runner: str = "tiny") -> Callable[[
     rows = load_tasks(tasks) if isinstance(tasks, str) else list(tasks)
     if not rows:
         raise ValueError(f"the task set {tasks!r} is empty; add at least one task")
-    return lambda split, index: rows[index % len(rows)]
+    return Rounds(rows)
+
+
+class Rounds:
+    """A finite list of tasks; it has no splits."""
+
+    def __init__(self, rows: Sequence[Task]) -> None:
+        self.rows = rows
+
+    def __call__(self, split: str, index: int) -> Task:
+        """The task of an index, round and round."""
+        return self.rows[index % len(self.rows)]
 
 
 class SWEEnv(Env):
@@ -101,6 +112,10 @@ class SWEEnv(Env):
         self._turns, self._malformed, self._done = 0, 0, False
         self._deadline = time.monotonic() + self.task.budget.seconds
         return statement, {"task_id": self.task.id, "provenance": dict(self.task.provenance)}
+
+    def size(self, split: str) -> int | None:
+        """Tasks of a set; None where they are generated."""
+        return len(self._source.rows) if isinstance(self._source, Rounds) else None
 
     def _begin(self, task: Task) -> str:
         """Take the task's tools and bounds; what the agent is asked. Raises `ValueError` for a task that can't be played."""

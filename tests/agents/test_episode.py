@@ -67,6 +67,16 @@ def test_the_context_ends_an_episode(renderer):
     assert sum(len(s) for s in trajectory.segments) <= 60 + 20
 
 
+def test_a_tighter_bound_of_the_run_ends_it_sooner(renderer):
+    assert [play(renderer, "go on", max_turns=n).turns for n in (1, 2, 0)] == [1, 2, play(renderer, "go on").turns]
+    cut = play(renderer, "go on", max_turns=2)
+    assert (cut.stop, cut.outcome, cut.reward) == ("turn_limit", "unresolved", 2.0)
+    assert play(renderer, "go on", "stop", max_turns=2).stop == "submitted"
+    short = play(renderer, "go on", max_context=40)
+    assert short.stop == "context_limit" and sum(len(s) for s in short.segments) <= 40 + 20
+    assert play(renderer, "go on", max_context=4000).segments == play(renderer, "go on").segments
+
+
 def test_infrastructure_is_data_without_a_reward(renderer):
     trajectory = play(renderer, "go on", "crash")
     assert (trajectory.reward, trajectory.outcome, trajectory.stop) == (None, "infra", "infra")

@@ -39,7 +39,7 @@ class Experts:
             group, index = (
                 episode.split("/")[:2] if episode.startswith("g") else (episode.split("/")[1], episode.split("/")[3])
             )
-            split = "train" if group.startswith("g") else group
+            split = "train" if group.startswith("g") else group.split(".")[-1]
             task = repairs.task(split, int(index))
             noise = Noise(right=0.5, miss=0.0, skip=0.0, detour=0.0, test=0.0)
             self.experts[episode] = Expert(task, random.Random(episode), noise)
@@ -204,15 +204,18 @@ def test_a_run_goes_on_with_its_own_recipe_and_counts_as_one(scripted, tmp_path,
     assert "16 trajectories trained" in (tmp_path / "tiny/report.html").read_text()
 
 
+def ctrl_c_behind(real):
+    def method(self, *args):
+        real(self, *args)
+        raise KeyboardInterrupt
+
+    return method
+
+
 def test_ctrl_c_keeps_the_update_under_way_and_writes_the_report(scripted, tmp_path, monkeypatch):
     from rl.loop import Loop
 
-    def publish(self, scores, future):
-        real(self, scores, future)
-        raise KeyboardInterrupt
-
-    real = Loop.publish
-    monkeypatch.setattr(Loop, "publish", publish)
+    monkeypatch.setattr(Loop, "publish", ctrl_c_behind(Loop.publish))
     with pytest.raises(KeyboardInterrupt):
         train.train(config(tmp_path, "checkpoint_every=100"))
     assert (tmp_path / "tiny/checkpoints/step-000001").is_dir()
@@ -276,3 +279,79 @@ def test_a_real_engine_with_room_for_two_of_four_episodes(tmp_path):
         config(tmp_path, "admission.kv_tokens=1600", "steps=1", "eval.every=0", "learn.groups_per_step=1")
     )
     assert "4 trajectories trained, token ids asserted on every one" in summary
+
+
+def rows_of(directory):
+    """The run's steps on record, and its groups."""
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    journal = Journal(directory / "journal.sqlite")
+    entries = journal.entries()
+    journal.close()
+    return [row for row in rows if row["kind"] == "step"], entries
+
+
+MIXED = [
+    "env={}", "rollout.group_size=2", "learn.groups_per_step=3", "learn.max_staleness=0", "envs.a.weight=2", "envs.b.first_task=50",
+    *(f'envs.{n}.kwargs={{tasks = "tiny-repairs", reward = "binary", context_lines = 0}}' for n in "ab"),
+    "stages=[{step = 1, rollout.group_size = 4, envs.b.weight = 4, envs.b.max_turns = 2}]",
+]  # fmt: skip
+
+
+def test_sources_are_mixed_and_stages_change_the_mixture(scripted, tmp_path):
+    """Two steps of three groups: 2 of a and 1 of b, then 1 of a and 2 of b in groups of four, those of b cut after two turns."""
+    train.train(config(tmp_path, *MIXED, "eval.every=2", "eval.tasks=1"))
+    rows, entries = rows_of(tmp_path / "tiny")
+    assert [row["source_groups"] for row in rows] == [{"a": 2, "b": 1}, {"a": 1, "b": 2}]
+    assert [(e.id, e.stage) for e in entries if e.source == "b"] == [("g50.b", 0), ("g51.b", 1), ("g52.b", 1)]
+    second = (tmp_path / "tiny/trajectories/step-000002.jsonl").read_text().splitlines()
+    cut = {b: [t for t in map(Trajectory.from_json, second) if ("/5" in t.task_id) is b] for b in (True, False)}
+    assert (len(cut[True]), len(cut[False])) == (8, 4)
+    assert {(t.turns, t.stop) for t in cut[True]} == {(2, "turn_limit")} and {t.turns for t in cut[False]} == {3}
+    solved = sum(t.outcome == "resolved" for t in cut[True]) / 8
+    assert rows[1]["source_solve"]["b"] == rows[1]["source_reward"]["b"] == solved > 0
+    kept = sorted(p.name for p in (tmp_path / "tiny/evaluations").iterdir())
+    assert kept == [f"{source}.validation-00000{step}.jsonl" for source in "ab" for step in (0, 2)]
+    assert "Solve rate by source of tasks" in (tmp_path / "tiny/report.html").read_text()
+
+
+@pytest.mark.slow
+def test_an_interrupted_mixture_goes_on_as_it_would_have(scripted, tmp_path, monkeypatch):
+    from rl.loop import Loop
+
+    more = (*MIXED, "eval.every=0", "steps=3", "envs.b.window=[0.3, 1.0]")
+    train.main(arguments(tmp_path, *more, "name=whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "publish", ctrl_c_behind(Loop.publish))
+        with pytest.raises(KeyboardInterrupt):
+            train.main(arguments(tmp_path, *more, "name=torn"))
+    train.main([*arguments(tmp_path, *more, "name=torn"), "--resume"])
+    whole, torn = ([(e.id, e.source, e.stage) for e in rows_of(tmp_path / name)[1]] for name in ("whole", "torn"))
+    assert whole == torn and {stage for *_, stage in whole} == {0, 1}
+
+
+def test_groups_outside_of_the_window_are_replaced(scripted, tmp_path):
+    train.train(config(tmp_path, "env.window=[0.3, 0.8]", "eval.every=0", "steps=2"))
+    rows, entries = rows_of(tmp_path / "tiny")
+    inside = {e.state for e in entries if e.graded and 0.3 <= e.solved / e.graded <= 0.8}
+    outside = [(e.state, e.reason) for e in entries if e.graded and not 0.3 <= e.solved / e.graded <= 0.8]
+    assert inside <= {"trained", "done"} and set(outside) == {("dropped", "window")}
+    assert [e.trained_step for e in entries if e.trained_step].count(2) == 2
+    assert 0 < rows[-1]["outside"]["env"] <= len(outside) and rows[-1]["dropped_groups"] <= len(outside)
+
+
+def test_no_task_left_is_a_clean_stop_and_a_wider_window_goes_on(scripted, tmp_path, capsys):
+    """Of two episodes 40 % can't be resolved: ten batches of groups are played in vain."""
+    few = ("rollout.group_size=2", "learn.groups_per_step=1", "eval.every=0", "steps=1")
+    with pytest.raises(
+        ValueError, match=r"zero tasks left .*: the last 1\d groups of env have .* window \[0.4, 0.4\]; widen"
+    ):
+        train.main(arguments(tmp_path, *few, "env.window=[0.4, 0.4]"))
+    assert (
+        tmp_path / "tiny/report.html"
+    ).exists() and "stopped at step 0; go on with --resume" in capsys.readouterr().out
+    before = rows_of(tmp_path / "tiny")[1]
+    assert len(before) >= 10 and {(e.state, e.reason) for e in before} == {("dropped", "window")}
+    train.main([*arguments(tmp_path, *few, "env.window=[0, 1]"), "--resume"])
+    after = rows_of(tmp_path / "tiny")[1]
+    assert after[: len(before)] == before and after[-1].state == "trained"
+    assert [e.task_index for e in after] == list(range(1_000_000, 1_000_000 + len(after)))

@@ -10,10 +10,10 @@ import pytest
 from agents.trajectory import Segment, Trajectory
 from rl import __main__ as command
 from rl import plan, train
+from rl.clock import Clock
 from rl.config import ROOT, Config, load
-from rl.latencies import Workload, book_of, from_run, line, mean_context
+from rl.latencies import Book, Latencies, Played, Turn, Workload, book_of, from_run, line, mean_context
 from rl.plan import Forecast, simulate
-from rl.virtual import Book, Clock, Latencies, Played, Turn
 
 RECIPE = str(ROOT / "rl/recipes/tiny.toml")
 SLOW = Latencies(decode=0.1, prefill=0.01, learn=0.1, publish=0.4, swap=0.1)
