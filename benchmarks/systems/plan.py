@@ -86,7 +86,9 @@ def speed(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any
     """Forecast from one run, then pairs of others."""
     first = real(args, "first", SYNC)
     latencies, book = from_run(args.out / "first")
-    latencies = replace(latencies, cores=os.cpu_count() or 1)
+    cores = capacity()
+    print(f"cores: two that compute at once get {cores:.2f} times what one gets", flush=True)
+    latencies = replace(latencies, cores=cores)
     took = {
         bound: simulate(config(args, bound), latencies, book, steps=args.steps).step_seconds for bound in (SYNC, ASYNC)
     }
@@ -116,6 +118,37 @@ def speed_rows(took: dict[int, float], pairs: Sequence[dict[int, float]]) -> lis
             row(f"seconds a step, {name}, forecast", took[bound], peer=round(median(walls), 4), peer_name="measured, median", unit="s", n=n, spread=between)
         )  # fmt: skip
     return shown
+
+
+COUNT = """
+import sys, time, torch
+torch.set_num_threads(1)
+a, n = torch.ones(192, 192), 0
+sys.stdin.readline()
+end = time.time() + float(sys.argv[1])
+while time.time() < end:
+    a @ a
+    n += 1
+print(n)
+"""
+
+
+def capacity(seconds: float = 4.0) -> float:
+    """How many of engine and learner this machine lets compute at full speed: products of two processes at once over those of
+    one. Less than its cores where these share caches, or others use them as well."""
+    found = []
+    for together in (1, 2, 2, 1):
+        command = [sys.executable, "-c", COUNT, str(seconds)]
+        processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(together)
+        ]
+        time.sleep(seconds)  # they import
+        for process in processes:
+            assert process.stdin
+            process.stdin.write("\n")
+            process.stdin.flush()
+        found.append(sum(int(process.communicate()[0]) for process in processes))
+    return (found[1] + found[2]) / (found[0] + found[3])
 
 
 def overrides(args: argparse.Namespace, bound: int) -> list[str]:
