@@ -23,7 +23,7 @@ from policy.completion import Policy, Sampling
 from policy.renderer import Renderer
 
 Clock = Callable[[str], object]
-"""Told what the episode is about to spend its time on: "reset", "wait_policy" or "env"."""
+"""Told what the episode is about to spend its time on: "reset", "wait_policy" or "env" (whose end counts as well)."""
 
 
 def run_episode(
@@ -62,6 +62,7 @@ def run_episode(
         trajectory.reward, trajectory.outcome, trajectory.stop = None, "infra", "infra"
         trajectory.info["why"] = str(error)
     finally:
+        clock("env")
         policy.release(episode)
         env.close()
     marks.append(("end", time.monotonic()))

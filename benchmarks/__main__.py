@@ -12,16 +12,8 @@ from typing import Any
 from envs.errors import check_output, user_errors
 
 SYSTEMS = (
-    "admission",
-    "attacker",
-    "grading",
-    "learner",
-    "learning",
-    "plan",
-    "sandbox",
-    "selfcheck",
-    "soak",
-    "staleness",
+    *("admission", "attacker", "grading", "honesty", "learner", "learning", "loop", "plan", "resume"),
+    *("sandbox", "selfcheck", "soak", "staleness"),
 )
 EXAMPLE = """
 examples:
@@ -30,10 +22,13 @@ examples:
   python -m benchmarks systems attacker --seeds 3 --json attacker.json --markdown attacker.md
   python -m benchmarks systems admission --json admission.json
   python -m benchmarks systems grading --json grading.json
+  python -m benchmarks systems honesty --json honesty.json
   python -m benchmarks systems learner --json learner.json
+  python -m benchmarks systems loop --json loop.json
   python -m benchmarks systems plan --json plan.json
   python -m benchmarks systems selfcheck --backend native --json selfcheck.json
   python -m benchmarks systems soak --live 500 --episodes 200 --json soak.json
+  python -m benchmarks systems resume --json resume.json
   python -m benchmarks systems staleness --seeds 3 --json staleness.json --figure staleness.svg
   python -m benchmarks systems sandbox --quick --no-peers
 """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from math import comb, sqrt
+from math import comb, log, sqrt
 
 Z = 1.959964
 """Two-sided 95 % point of the normal distribution."""
@@ -34,3 +35,17 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     if k > n:
         raise ValueError(f"pass@{k} needs at least {k} samples, there are {n}")
     return 1.0 - comb(n - correct, k) / comb(n, k)
+
+
+def ks(left: Sequence[float], right: Sequence[float]) -> float:
+    """Kolmogorov-Smirnov statistic of two samples: the largest distance of their distribution functions. Ties are fine."""
+    one, two = sorted(left), sorted(right)
+    return max(abs(bisect_right(one, x) / len(one) - bisect_right(two, x) / len(two)) for x in {*one, *two})
+
+
+def ks_critical(n: int, m: int, alpha: float = 0.01) -> float:
+    """What `ks` exceeds with probability `alpha` where both samples are from one distribution (asymptotic; with ties, less).
+
+    Smirnov 1948: sqrt(-ln(alpha / 2) / 2) sqrt((n + m) / (n m)).
+    """
+    return sqrt(-log(alpha / 2) / 2 * (n + m) / (n * m))

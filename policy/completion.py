@@ -52,6 +52,8 @@ class Completion:
     prompt_digest: int
     """`digest` of the ids the engine really attended to before this completion: the token-exactness assertion
     compares it with the trajectory's own ids."""
+    queued: float = 0.0
+    """Seconds from the call until the engine began with it: the turn had to wait for a place."""
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.logprobs) == len(self.versions), "completion lists differ in length"

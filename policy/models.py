@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, CwmConfig, CwmForCausalLM, PreTrainedModel
 
 from envs.errors import nearest
-from policy.weights import load_into
+from policy.weights import Weights, as_tensor, load_into
 
 MOST_PARAMETERS = 4_000_000_000
 """Most parameters that `build` makes: 16 GB in fp32."""
@@ -149,9 +149,13 @@ def build(config: ModelConfig, seed: int = 0) -> CwmForCausalLM:
         return CwmForCausalLM(hf).eval()
 
 
-def save(model: PreTrainedModel, directory: Path | str) -> None:
-    """Write config.json and model.safetensors, as `transformers` reads them; readable by whom the umask allows."""
-    model.save_pretrained(directory)
+def save(model: PreTrainedModel, directory: Path | str, weights: Weights | None = None) -> None:
+    """Write config.json and model.safetensors, as `transformers` reads them; readable by whom the umask allows.
+
+    `weights`: what `state_of` gathered, of a model that is sharded.
+    """
+    state = None if weights is None else {name: as_tensor(value) for name, value in weights.items()}
+    model.save_pretrained(directory, state_dict=state)
     for path in Path(directory).glob("model*.safetensors"):
         path.chmod((Path(directory) / "config.json").stat().st_mode)  # safetensors writes 0600
 

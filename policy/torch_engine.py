@@ -12,7 +12,7 @@ import atexit
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from envs.errors import InfraError, Unsupported
+from policy import lora
 from policy import weights as weights_of
 from policy.completion import Completion, Sampling, digest
 from policy.decoder import Decoder, Row, draw
@@ -77,6 +78,9 @@ class _Request:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     prompt_digest: int | None = None
+    asked: float = field(default_factory=time.perf_counter)
+    queued: float = 0.0
+    """Seconds until it had a slot."""
     future: Future[Completion] = field(default_factory=Future)
 
 
@@ -104,6 +108,7 @@ class TorchEngine:
             raise Unsupported(f"engine.device={self.config.device!r}, but torch finds no CUDA device here; use cpu")
         self._decoder = Decoder(model, self.config.slots, self.config.max_context, self.config.device)
         self._version = version
+        self._base: Mapping[str, torch.Tensor] | None = None
         self._slots: Slots[_Request] = Slots(self.config.slots)
         self._running: list[Slot[_Request]] = []
         self._waiting: list[_Request] = []
@@ -151,15 +156,17 @@ class TorchEngine:
             pass
 
     def publish(self, version: int, weights: Weights, recompute: bool = False) -> None:
-        """Swap the weights between two decode steps; blocks until they sample.
+        """Swap the weights between two decode steps; blocks until they sample. Adapters (`policy.lora`) are merged first.
 
         Running episodes go on and keep the KV that older weights made; with `recompute` all KV is made anew.
         ValueError for names, shapes or values that don't fit, or for a version older than the current one.
         """
+        weights, base = lora.resolve(weights, self._base, self._decoder.weights)
         weights_of.check_fit(weights, {k: v.shape for k, v in self._decoder.weights.items()}, f"version {version}")
         if version < self._version:
             raise ValueError(f"version {version} is older than the engine's {self._version}; publish in order")
         self._inbox.ask("publish", self._swap, version, weights, recompute)
+        self._base = base
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (nats, temperature 1) of each token given those before it; 0.0 for the first.
@@ -230,7 +237,7 @@ class TorchEngine:
         try:
             torch.set_num_threads(self.config.threads)
             with torch.inference_mode():
-                while self._inbox.obey(bool(self._running), lambda: self._clock.enter("idle")):
+                while self._inbox.obey(bool(self._running or self._waiting), lambda: self._clock.enter("idle")):
                     self._admit()
                     if self._running:
                         self._step()
@@ -262,6 +269,7 @@ class TorchEngine:
         for request in [r for r in self._waiting if r.episode == episode]:
             self._waiting.remove(request)
             request.prompt_digest = digest(request.ids)
+            request.queued = time.perf_counter() - request.asked
             request.future.set_result(_completion(request, "cancelled"))
 
     def _swap(self, version: int, weights: Weights, recompute: bool) -> None:
@@ -322,7 +330,7 @@ class TorchEngine:
         slot.ids.extend(fed)
         # The last prompt token goes through the next decode step with everyone else's, which yields its logits.
         slot.pending = request.ids[-1]
-        slot.request = request
+        slot.request, request.queued = request, time.perf_counter() - request.asked
         self._running.append(slot)
 
     def _reuse(self, slot: Slot[_Request], request: _Request) -> tuple[Slot[_Request] | None, int]:
@@ -392,6 +400,7 @@ def _completion(request: _Request, finish: Finish) -> Completion:
         versions=request.versions,
         finish=finish,
         prompt_digest=request.prompt_digest,
+        queued=request.queued,
     )
 
 

@@ -7,7 +7,7 @@ Ray's object store (or a plain reference, for threads) carries what `state_of` r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,21 @@ import torch
 Weights = Mapping[str, "np.ndarray[Any, Any] | torch.Tensor"]
 
 
-def state_of(model: torch.nn.Module) -> dict[str, np.ndarray[Any, Any]]:
-    """Copies of all parameters as fp32 arrays on the CPU, tied ones once.
+def state_of(
+    model: torch.nn.Module, wanted: Callable[[str], bool] = bool, *, keep: bool = True
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Copies of all parameters, or of those whose name is `wanted`, as fp32 arrays on the CPU, tied ones once.
 
-    Parameters sharded by FSDP2 are gathered: a collective, so every rank has to call it.
+    Parameters sharded by FSDP2 are gathered: a collective, so every rank has to call it. Ranks that need no copy say
+    `keep=False`.
     """
     state = {}
     for name, parameter in model.named_parameters():
+        if not wanted(name):
+            continue
         whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        state[name] = whole.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
+        if keep:
+            state[name] = whole.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
     return state
 
 

@@ -17,8 +17,8 @@ examples:
   python -m rl rates MY_RECIPE.toml --samples 8 --out rates.jsonl       for env.rates and env.window of a recipe
   python -m rl plan rl/recipes/tiny.toml                                assumed latencies and episodes
   python -m rl plan rl/recipes/tiny.toml --from runs/tiny --learn.max_staleness=0    a run's own, without overlap
-  python -m rl plan rl/recipes/tiny.toml --model cwm-32b --gpus 64 --checkpoint-activations --sequence-parallel 4 \\
-      --policy.max_context=32768 --policy.max_tokens=4096 --learn.max_tokens=32768 --rollout.episodes=256 --turns 40
+  python -m rl plan rl/recipes/tiny.toml --model cwm-32b --gpus 64 --policy.max_context=32768 --policy.max_tokens=4096 \\
+      --learn.max_tokens=32768 --learn.dtype=bf16 --learn.ranks=4 --learn.sequence_parallel=4 --rollout.episodes=256
 Fields of a recipe are set as --section.key=value. Exit status: 0 done, 1 stopped by a failure, 2 can't be run as asked.
 """
 

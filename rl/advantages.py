@@ -2,11 +2,11 @@
 
 What it is: `Algorithm` (a row), `PRESETS` (the table), `algorithm` (look-up with overrides), `batch_advantages`, which
 turns the returns of a batch into one number per trajectory by way of `group_advantages` and `batch_scaled`, and `gae`,
-one number per action token, for a critic. Plain floats: no torch here, nothing is random.
+one number per action token, of a critic's values. Plain floats: no torch here, nothing is random.
 
 What it does not do: it neither filters trajectories (`rl/batch.py` applies the `filter_*` fields) nor computes a loss
-(`rl/losses.py` applies ratio, bound, correction and aggregation). There is no critic: `algorithm` refuses rows that need
-one. No row has a KL or entropy term.
+(`rl/losses.py` applies ratio, bound, correction and aggregation), nor values (`rl/critic.py`). No row has a KL or entropy
+term.
 
 Sources. `grpo`: DeepSeekMath (arXiv 2402.03300, section 4.1.2). `cwm`: *CWM: An Open-Weights LLM for Research on Code
 Generation with World Models* (arXiv 2510.02387, objective of its RL section). `dapo`: arXiv 2503.14476 (clip-higher,
@@ -33,6 +33,9 @@ Departures:
    PPO and its clip are applied.
 8. `reinforce++` has no KL in its reward; the ratio has PPO's clip, as in OpenRLHF; mean and deviation are over action
    tokens. `baseline="mean"` makes it the paper's variant with a baseline.
+9. `ppo` subtracts the mean of the batch's advantages and divides by their deviation, over its action tokens, as verl does
+   (`compute_gae_advantage_return`); PPO's paper leaves them as they are. `gae_decay` is 1, verl's and OpenRLHF's default:
+   with one reward at the end of hundreds of tokens, 0.95 would hide it from all but the last (arXiv 2503.01491).
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ class Algorithm:
     others, or a critic's value."""
     scale: Literal["none", "std", "batch_std"]
     """What the difference is divided by: nothing, the group's deviation, or that of the batch, whose mean is subtracted
-    first (`batch_scaled`)."""
+    first (`batch_scaled`). Of a critic's advantages the batch's are those of all its action tokens."""
     ratio: Literal["token", "sequence"]
     """Importance ratio per token, or one per row: the geometric mean over its action tokens (GSPO, equation 7)."""
     bound: Literal["clip", "clip_weight"]
@@ -82,6 +85,11 @@ class Algorithm:
     correction_high] (`mask`: IcePop)."""
     correction_low: float = 0.5
     correction_high: float = 2.0
+    gae_decay: float = 1.0
+    """With a critic: lambda of `gae`. 1: an advantage is return minus value."""
+    value_clip: float = 0.2
+    """With a critic: how far an update may move a value from that before the batch, in units of returns
+    (`rl.losses.value_loss`)."""
     max_staleness: int = 2
     """Admission (`rl/admission.py`) keeps the *oldest* token of a batch within this many versions, unless the recipe's
     `learn.max_staleness` says otherwise."""
@@ -110,6 +118,15 @@ class Algorithm:
             )
         if self.filter_stale is not None and self.filter_stale < 0:
             raise ValueError(f"filter_stale={self.filter_stale} is negative; 0 keeps only the newest version")
+        if not 0 <= self.gae_decay <= 1 or self.value_clip <= 0:
+            raise ValueError(
+                f"gae_decay={self.gae_decay}, value_clip={self.value_clip}: the first must be in [0, 1], the second positive"
+            )
+        if self.baseline == "critic" and (self.scale == "std" or self.filter_zero_advantage):
+            raise ValueError(
+                f"baseline='critic' with scale={self.scale!r}, filter_zero_advantage={self.filter_zero_advantage}: a critic"
+                " compares no group; take scale='batch_std' or 'none', and no such filter"
+            )
 
 
 # fmt: off
@@ -126,7 +143,7 @@ PRESETS: dict[str, Algorithm] = {
                              filter_zero_advantage=True),
     "rloo":        Algorithm("leave_one_out",   "none",      "token",    "clip",        0.2,  0.2,  "constant"),
     "reinforce++": Algorithm("none",            "batch_std", "token",    "clip",        0.2,  0.2,  "token"),
-    "ppo":         Algorithm("critic",          "none",      "token",    "clip",        0.2,  0.2,  "token"),
+    "ppo":         Algorithm("critic",          "batch_std", "token",    "clip",        0.2,  0.2,  "token"),
 }
 # fmt: on
 
@@ -134,31 +151,28 @@ PRESETS: dict[str, Algorithm] = {
 def algorithm(preset: str, /, **overrides: Any) -> Algorithm:
     """The row that a learner is to run: a preset with some fields replaced, e.g. `algorithm("cwm", clip_high=0.28)`.
 
-    Raises `ValueError` for an unknown preset, field or value, and for a row that needs a critic.
+    Raises `ValueError` for an unknown preset, field or value.
     """
     if preset not in PRESETS:
         raise ValueError(
             f"algorithm={preset!r} is unknown; one of {', '.join(sorted(PRESETS))}.{nearest(preset, PRESETS)}"
         )
-    row = build(Algorithm, asdict(PRESETS[preset]) | overrides, f"algorithm {preset!r}")
-    if row.baseline == "critic":
-        raise ValueError(
-            f"algorithm={preset!r} has baseline='critic', and the learner has no critic yet; take a preset without one,"
-            " such as 'reinforce++' or 'grpo'"
-        )
-    return row
+    return build(Algorithm, asdict(PRESETS[preset]) | overrides, f"algorithm {preset!r}")
 
 
 def batch_advantages(
     returns: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]], algorithm: Algorithm
 ) -> list[list[float]]:
-    """Advantage of each trajectory of a batch, shared by all its action tokens: one list [G] per group.
+    """Advantage of each trajectory of a batch, shared by all its action tokens: one list [G] per group. Where a critic is
+    the baseline: the returns as they are, of which `rl.critic.valued` makes advantages.
 
     Args:
         returns: R, one list [G] per group; trajectories without a reward must have been left out.
         lengths: action tokens L over all branches, likewise.
         algorithm: its `baseline` and `scale` are applied.
     """
+    if algorithm.baseline == "critic":
+        return [list(r) for r in returns]
     groups = [group_advantages(r, n, algorithm) for r, n in zip(returns, lengths, strict=True)]
     if algorithm.scale != "batch_std":
         return groups

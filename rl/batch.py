@@ -1,11 +1,10 @@
 """From groups to padded tensors: advantages, filters, and the loss mask, which is built here and nowhere else.
 
 What it is: `rows_of` turns groups of trajectories into `Row`s (one per branch) and says in a `BatchReport` what it left
-out; `microbatches` sorts rows by length and pads them to tensors of at most `max_tokens` positions.
+out; `microbatches` makes tensors of rows that are computed together.
 
 What it does not do: it computes no loss, issues no warnings and decides nothing about staleness bounds of the loop
-(`rl/admission.py`); no packing of several rows into one (padding is on the right, so that causal attention needs no
-mask).
+(`rl/admission.py`); which rows are computed together is `rl/packing.py`'s.
 
 Alignment. Column t of a micro-batch holds what is known when token t has been read and token t + 1 is to be predicted.
 One row whose prompt is `5 6`, whose turn is `17 2`, then an observation `8` and a second turn `9`::
@@ -43,7 +42,9 @@ from torch import Tensor
 
 from agents.trajectory import Group, Trajectory
 from rl.advantages import Algorithm, batch_advantages
+from rl.packing import Sharing
 
+ALONE = Sharing()
 CWM_VOCABULARY = 128_256
 CWM_RARE_ID = 100_000
 ZERO = 1e-9
@@ -61,6 +62,13 @@ class Row:
     """Behaviour log-probabilities, nats, where the mask is 1."""
     versions: Sequence[int]
     advantage: float
+    """Of every action token; the trajectory's return until a critic has given each its own (`advantages`)."""
+    advantages: Sequence[float] | None = None
+    """Of each action token."""
+    values: Sequence[float] | None = None
+    """What the critic expected before each action token, when it began the batch."""
+    returns: Sequence[float] | None = None
+    """What it should have expected (`rl.advantages.gae`)."""
     old: Sequence[float] | None = None
     """Log-probabilities under the weights that began the batch, where the loss corrects the mismatch with `logprobs`."""
     trajectory: str = ""
@@ -133,7 +141,8 @@ def rows_of(
         version: version of the weights that are about to be trained; ages are counted from it.
         vocabulary: V, for the gibberish rule.
         shuffled: the negative control. The advantages are permuted over the kept trajectories of the batch: same sizes,
-            same tokens, no information. A run that still learns under it learns from something else.
+            same tokens, no information. A run that still learns under it learns from something else. (With a critic: the
+            returns.)
     """
     report = BatchReport(groups=len(groups))
     kept: list[tuple[str, Trajectory, float]] = []
@@ -229,7 +238,7 @@ def _describe(
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """Right-padded rows of similar length; see the drawing at the top for the alignment."""
+    """Right-padded rows; see the drawing at the top for the alignment."""
 
     token_ids: Tensor
     """[B, T] int64: what the model reads."""
@@ -243,28 +252,36 @@ class MicroBatch:
     """[B, T] float32: the same under the weights that began the batch, where the rows have it."""
     advantages: Tensor
     """[B, T] float32."""
+    inside: Tensor
+    """[B, T] bool: false at padding."""
+    values: Tensor | None
+    """[B, T] float32: the critic's estimate before the target, at the beginning of the batch, where the rows have it."""
+    returns: Tensor | None
+    """[B, T] float32: the critic's target, likewise."""
     action_tokens: int
     """Sum of the mask."""
 
 
-def microbatches(rows: Sequence[Row], max_tokens: int) -> list[MicroBatch]:
-    """Rows sorted by length and cut into tensors of at most `max_tokens` positions, padding included.
+def by_trajectory(rows: Sequence[Row]) -> list[list[int]]:
+    """Indices of the rows of each trajectory, in their order; a row without a name is one of its own."""
+    found: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        found.setdefault(row.trajectory or f"row {i}", []).append(i)
+    return list(found.values())
+
+
+def microbatches(rows: Sequence[Row], max_tokens: int, sharing: Sharing = ALONE) -> list[MicroBatch]:
+    """Those of `sharing.rank`, of at most `max_tokens` positions each, over the rows with a sampled token.
 
     Raises `ValueError` where a single row is longer than `max_tokens`.
     """
-    order = sorted((r for r in rows if r.action_tokens), key=_positions)
-    bunches: list[list[Row]] = []
-    for row in order:
-        width = _positions(row)
-        if width > max_tokens:
-            raise ValueError(
-                f"max_tokens={max_tokens} is less than a row of {width} tokens; raise it to the context of the policy"
-            )
-        if bunches and width * (len(bunches[-1]) + 1) <= max_tokens:
-            bunches[-1].append(row)
-        else:
-            bunches.append([row])
-    return [_pad(bunch) for bunch in bunches]
+    rows = [r for r in rows if r.action_tokens]
+    lengths = [_positions(r) for r in rows]
+    if max(lengths, default=0) > max_tokens:
+        raise ValueError(
+            f"max_tokens={max_tokens} is less than a row of {max(lengths)} tokens; raise it to the context of the policy"
+        )
+    return [_pad([rows[i] for i in bunch]) for bunch in sharing.mine(lengths, max_tokens)]
 
 
 def _positions(row: Row) -> int:
@@ -273,19 +290,20 @@ def _positions(row: Row) -> int:
 
 
 def _pad(rows: Sequence[Row]) -> MicroBatch:
-    shape = (len(rows), max(_positions(r) for r in rows))
+    """Tensors of rows; those of no row are one position of padding."""
+    shape = (max(1, len(rows)), max((_positions(r) for r in rows), default=1))
     ids, targets = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     mask, behaviour, advantages = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
-    old = torch.zeros(shape) if rows[0].old is not None else None
+    inside = torch.zeros(shape, dtype=torch.bool)
+    old, values, returns = (_column(rows, shape, name) for name in ("old", "values", "returns"))
     for i, row in enumerate(rows):
         n = _positions(row)
         ids[i, :n] = torch.tensor(row.token_ids[:n])
         targets[i, :n] = torch.tensor(row.token_ids[1 : n + 1])
         mask[i, :n] = torch.tensor(row.loss_mask[1 : n + 1], dtype=torch.float32)
         behaviour[i, :n] = torch.tensor(row.logprobs[1 : n + 1], dtype=torch.float32)
-        advantages[i, :n] = row.advantage
-        if old is not None and row.old is not None:
-            old[i, :n] = torch.tensor(row.old[1 : n + 1])
+        advantages[i, :n] = row.advantage if row.advantages is None else torch.tensor(row.advantages[1 : n + 1])
+        inside[i, :n] = True
     return MicroBatch(
         token_ids=ids,
         targets=targets,
@@ -293,5 +311,19 @@ def _pad(rows: Sequence[Row]) -> MicroBatch:
         behaviour=behaviour,
         old=old,
         advantages=advantages,
+        inside=inside,
+        values=values,
+        returns=returns,
         action_tokens=int(mask.sum()),
     )
+
+
+def _column(rows: Sequence[Row], shape: tuple[int, int], name: str) -> Tensor | None:
+    """[B, T]: what a field of the rows holds for their targets; None where they have none."""
+    if not rows or getattr(rows[0], name) is None:
+        return None
+    table = torch.zeros(shape)
+    for i, row in enumerate(rows):
+        n = _positions(row)
+        table[i, :n] = torch.tensor(getattr(row, name)[1 : n + 1])
+    return table

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+PROBE = 1 << 20
+"""Bytes that are written after a failure: torch's writers don't say that the disk is full, but this raises ENOSPC then."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -30,8 +32,10 @@ def write(root: Path, step: int, fill: Callable[[Path], None], keep: int = 2) ->
 
     Args:
         root: made if it is missing.
-        step: the learner's version, at least 0; a checkpoint of the same step is replaced (by two renames).
-        fill: writes the content into the empty directory it is given. If it raises, nothing changed.
+        step: the learner's version, at least 0. Where it has a checkpoint already, nothing is done: the state of a step
+            never changes.
+        fill: writes the content into the empty directory it is given. If it raises, nothing changed; OSError with ENOSPC
+            where the disk is full, whatever it raised.
         keep: newest checkpoints that stay; older ones are removed after the rename.
     """
     assert step >= 0 and keep >= 1, f"step {step}, keep {keep}"
@@ -39,15 +43,19 @@ def write(root: Path, step: int, fill: Callable[[Path], None], keep: int = 2) ->
     for left in root.glob(".tmp-*"):
         shutil.rmtree(left)
     target, aside = root / f"step-{step:06d}", root / f".tmp-step-{step:06d}"
+    if target.exists():
+        return target
     aside.mkdir()
     try:
-        fill(aside)
-        _seal(aside, step)
+        try:
+            fill(aside)
+            _seal(aside, step)
+        except BaseException:
+            (aside / "probe").write_bytes(bytes(PROBE))
+            raise
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    if target.exists():
-        target.rename(root / f".tmp-replaced-{step:06d}")
     aside.rename(target)
     _flush(root)
     _forget(root, keep)

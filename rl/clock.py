@@ -57,11 +57,6 @@ class Clock:
         """Nothing will ever happen by itself."""
         return not self._waits and not self._works
 
-    def until(self, limit: float) -> None:
-        """Let everything happen up to `limit`."""
-        while self.advance(limit):
-            pass
-
 
 class Inbox(queue.SimpleQueue[Any]):
     """The loop's inbox: who waits for it makes time pass."""

@@ -7,6 +7,7 @@ episodes in flight.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import tomllib
@@ -15,13 +16,17 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from envs.fields import build
 from rl.admission import Limits
 from rl.advantages import Algorithm, algorithm
 from rl.curriculum import Stage, overlaid
 
+FORMAT = 1
+"""Rises whenever a recipe of before would mean something else."""
+
+Tracker = Literal["tensorboard", "wandb"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -114,7 +119,7 @@ class LearnConfig:
     """How the policy is updated."""
 
     algorithm: str = "cwm"
-    """A preset of `rl/advantages.py`: grpo, cwm, dapo, dr_grpo, gspo, cispo, rloo or reinforce++."""
+    """A preset of `rl/advantages.py`: grpo, cwm, dapo, dr_grpo, gspo, cispo, rloo, reinforce++ or ppo."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the preset to replace (`rl.advantages.Algorithm`), e.g. `--learn.overrides.clip_high=0.28`."""
     groups_per_step: int = 16
@@ -125,11 +130,36 @@ class LearnConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     grad_clip: float = 1.0
+    critic_lr: float | None = None
+    """Learning rate of the critic, constant; left out: `lr`. For algorithms with a critic (ppo) alone."""
+    critic_warmup_steps: int = 0
+    """Batches, from the first one on, in which only the critic learns."""
+    lora_rank: int = 0
+    """Train adapters of this rank on all linear layers (`policy/lora.py`), which alone travel to the engine; 0 trains all
+    weights. Needs peft."""
+    lora_alpha: float = 32.0
+    """Adapters are scaled by lora_alpha / lora_rank."""
     minibatches: int = 2
     """Optimiser updates per batch."""
     max_tokens: int = 8192
-    """Padded positions of one micro-batch."""
+    """Positions of one micro-batch, padding included."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """Rows of a micro-batch one behind the other, kept apart by their positions, or padded side by side. "auto": packed
+    where variable-length attention exists (a GPU, in bf16); elsewhere padded, which is faster."""
+    ranks: int = 1
+    """Processes of the learner: each holds a share of weights, gradients and moments (FSDP2), and trains on a share of each
+    batch. Ray's: under `threads` there is one. A checkpoint can be resumed with another number."""
+    sequence_parallel: int = 1
+    """So many ranks hold the tokens of a micro-batch together (Ulysses), for rows too long for one; a divisor of `ranks` and
+    of the model's key-value heads. Rows are then packed, and `max_tokens` are those of all these ranks."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the learner computes; rank r takes GPU r."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What its matrix products are computed in; weights, gradients that are added up, and moments stay fp32."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of layers for the backward pass and compute the rest again: less memory, a third more work."""
     threads: int = 1
+    """Torch threads of a rank."""
     max_staleness: int | None = None
     """No token is trained on that was sampled more than this many versions before; left out: the preset's bound."""
     stale: Literal["wait", "drop"] = "wait"
@@ -138,7 +168,23 @@ class LearnConfig:
     """"shuffle" permutes the advantages of each batch: the negative control."""
 
     def __post_init__(self) -> None:
-        self.row()
+        if self.row().baseline != "critic" and (self.critic_lr is not None or self.critic_warmup_steps):
+            raise ValueError(
+                f"learn.critic_lr={self.critic_lr}, learn.critic_warmup_steps={self.critic_warmup_steps}: "
+                f"learn.algorithm={self.algorithm!r} has no critic; leave them out, or take 'ppo'"
+            )
+        if self.critic_warmup_steps < 0 or (self.critic_lr is not None and self.critic_lr <= 0):
+            raise ValueError(
+                f"learn.critic_lr={self.critic_lr}, learn.critic_warmup_steps={self.critic_warmup_steps}: the rate must be "
+                "positive, the steps 0 or more"
+            )
+        if self.lora_rank < 0 or self.lora_alpha <= 0:
+            raise ValueError(
+                f"learn.lora_rank={self.lora_rank}, learn.lora_alpha={self.lora_alpha}: give a rank of 0 (off) or more, and "
+                "a positive alpha"
+            )
+        if self.lora_rank and importlib.util.find_spec("peft") is None:
+            raise ValueError(f"learn.lora_rank={self.lora_rank} needs the package peft; pip install peft, or give 0")
 
     def row(self) -> Algorithm:
         """The preset with what this recipe replaces."""
@@ -166,11 +212,21 @@ class Config:
     steps: int
     """Batches to train on."""
     seed: int = 0
+    deterministic: bool = False
+    """The final weights depend on the recipe alone: one episode at a time, on-policy, evaluations between batches. Killed and
+    resumed, a run ends with bitwise those of an uninterrupted one, as long as no deadline of a tool or an episode strikes."""
+    format: int = FORMAT
+    """Of the recipe; one that another codeworld wrote or reads is refused."""
+    restarts: int = 2
+    """So often a run that lost its engine or learner goes on by itself from its last checkpoint; then it stops."""
     runs: str = "runs"
     """Where run directories are made; relative to the current directory."""
     checkpoint_every: int = 10
     """Steps between checkpoints; one is written at the end and on Ctrl-C as well."""
     keep_checkpoints: int = 2
+    track: tuple[Tracker, ...] = ("tensorboard",)
+    """Where metrics go besides `metrics.jsonl`. "wandb" needs the package and a login, or WANDB_MODE=offline; WANDB_PROJECT
+    names the project, by default codeworld."""
     keep_trajectories: bool = True
     """Write every trained trajectory to `trajectories/` (token ids, masks, log-probs, versions)."""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -192,15 +248,47 @@ class Config:
             ("rollout.episodes", self.rollout.episodes, 1),
             ("rollout.group_size", self.rollout.group_size, 2),
             ("learn.groups_per_step", self.learn.groups_per_step, 1),
+            ("learn.max_staleness", self.learn.row().max_staleness, 0),
+            ("learn.ranks", self.learn.ranks, 1),
+            ("learn.sequence_parallel", self.learn.sequence_parallel, 1),
             ("eval.tasks", self.eval.tasks, 1),
             ("eval.every", self.eval.every, 0),
+            ("restarts", self.restarts, 0),
         ):
             if value < least:
                 raise ValueError(f"{name}={value} is too small; give at least {least}")
+        if self.learn.critic_warmup_steps >= self.steps:
+            raise ValueError(
+                f"learn.critic_warmup_steps={self.learn.critic_warmup_steps} leaves none of steps={self.steps} to the policy; "
+                "lower it"
+            )
+        if unknown := [name for name in self.track if name not in get_args(Tracker)]:
+            raise ValueError(f"track={unknown[0]!r} is unknown; known are {', '.join(get_args(Tracker))}")
         if 0 < self.admission.kv_tokens < self.policy.max_context:
             raise ValueError(
                 f"admission.kv_tokens={self.admission.kv_tokens} holds no episode of policy.max_context={self.policy.max_context} "
                 "tokens; raise it, or give 0"
+            )
+        if self.deterministic:
+            self._refuse_chance()
+        if self.learn.ranks % self.learn.sequence_parallel:
+            raise ValueError(
+                f"learn.sequence_parallel={self.learn.sequence_parallel} does not divide learn.ranks={self.learn.ranks}; "
+                "give a divisor, or other ranks"
+            )
+        if self.learn.ranks > 1 and (self.learn.lora_rank or self.learn.row().baseline == "critic"):
+            raise ValueError(
+                f"learn.ranks={self.learn.ranks} shard neither adapters (learn.lora_rank={self.learn.lora_rank}) nor a critic "
+                f"(learn.algorithm={self.learn.algorithm!r}); take one rank, or leave those out"
+            )
+        if self.learn.sequence_parallel > 1 and self.learn.packing == "padded":
+            raise ValueError(
+                f"learn.packing='padded' has no packs to split over learn.sequence_parallel={self.learn.sequence_parallel} "
+                "ranks; leave it at auto"
+            )
+        if self.learn.ranks > 1 and self.rollout.spawn == "threads":
+            raise ValueError(
+                f"learn.ranks={self.learn.ranks} are processes, and rollout.spawn='threads' has none; take ray, or one rank"
             )
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name!r} is no directory name; use letters, digits, - and _")
@@ -254,6 +342,21 @@ class Config:
             for split in (self.eval.splits if source.eval_splits is None else source.eval_splits)
         }
 
+    def _refuse_chance(self) -> None:
+        """What contradicts `deterministic`, in one line with all remedies."""
+        wanted = [
+            ("rollout.in_flight", self.rollout.in_flight, 1, "--rollout.workers=1 --rollout.episodes=1"),
+            ("learn.max_staleness", self.learn.row().max_staleness, 0, "--learn.max_staleness=0"),
+            ("policy.threads", self.policy.threads, 1, "--policy.threads=1"),
+            ("learn.threads", self.learn.threads, 1, "--learn.threads=1"),
+        ]
+        wrong = [(f"{name}={value}", remedy) for name, value, want, remedy in wanted if value != want]
+        if wrong:
+            names, remedies = zip(*wrong, strict=True)
+            raise ValueError(
+                f"deterministic=true, but with {', '.join(names)} weights depend on time; give {' '.join(remedies)}"
+            )
+
     @property
     def directory(self) -> Path:
         """The run directory."""
@@ -281,6 +384,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             own.pop("kwargs", None)  # they are another environment's
     for override in overrides:
         _apply(raw, override)
+    if raw.get("format", FORMAT) != FORMAT:
+        raise ValueError(
+            f"recipe {path} has format={raw['format']!r}, this codeworld reads {FORMAT}; run it with the codeworld that it was "
+            "written for, or write it anew by rl/config.py"
+        )
     return build(Config, {"name": path.stem, **raw}, str(path))
 
 

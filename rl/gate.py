@@ -8,8 +8,10 @@ carries out its callers' wishes in order, so what is parked is gone before the t
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from envs.errors import InfraError
@@ -32,6 +34,7 @@ class Gate:
         """Wait for a turn, then the engine's answer. InfraError where the episode was cancelled, or the engine failed."""
         most = min(len(token_ids) + sampling.max_tokens, self.engine.config.max_context)
         place: Future[None] = Future()
+        asked = time.perf_counter()
         with self._lock:
             if episode in self._cancelled:
                 raise _cancelled(episode)
@@ -40,6 +43,7 @@ class Gate:
             self._decide()
         try:
             self._wait(place)
+            waited = time.perf_counter() - asked
             completion: Completion = self.engine.generate(token_ids, sampling, episode)
         except BaseException:
             self._end(episode)
@@ -47,7 +51,7 @@ class Gate:
         with self._lock:
             self.budget.done(episode, len(token_ids) + len(completion.token_ids))
             self._decide()
-        return completion
+        return replace(completion, queued=completion.queued + waited)
 
     def release(self, episode: str) -> None:
         """The episode is over. Never raises."""

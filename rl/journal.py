@@ -112,7 +112,7 @@ class Journal:
     """A journal file. All methods may be called from any thread; one process at a time (`RunLock`)."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        """Open or make the file. Raises `ValueError` where it is something else than a journal."""
+        """Open or make the file. Raises `ValueError` where it is something else than a journal, sqlite3's errors otherwise."""
         self.path = path
         self._clock = clock
         self._lock = threading.RLock()
@@ -128,6 +128,8 @@ class Journal:
                     self._db.execute(f"ALTER TABLE groups ADD COLUMN {column}")
         except sqlite3.DatabaseError as error:
             self._db.close()
+            if error.sqlite_errorcode not in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+                raise
             raise ValueError(f"journal {path}: {error}; remove it or choose another run directory") from error
 
     def close(self) -> None:

@@ -57,12 +57,8 @@ class Latencies:
     """Seconds that a publish stops an engine: copying the weights, the parity check."""
     learn: float
     """Seconds per token of the rows in the gradient."""
-    learn_step: float = 0.0
-    """Seconds more per batch."""
     publish: float = 0.0
     """Seconds from the end of training until the weights are at the engines."""
-    batch: float = 0.0
-    """Seconds per batch that the loop's own thread takes: filters, rows, records."""
     cores: float = math.inf
     """So many of engine and learner compute at full speed at once; the others share. Infinite where each has its GPUs."""
 

@@ -3,14 +3,19 @@
 What it is: `Learner.step` trains one batch (split into `minibatches` updates, each accumulated over micro-batches),
 publishes weights by version, scores sequences for the check against the engine, and saves and loads its whole state.
 
-What it does not do: one process and one device, no sharding and no critic; it neither filters trajectories nor computes
-advantages (`rl/batch.py`); it knows no journal, and atomicity of checkpoints is `rl/checkpoint.py`'s.
+What it does not do: it neither filters trajectories nor computes advantages (`rl/batch.py`; of a critic's values,
+`rl/critic.py`); it knows no journal, and atomicity of checkpoints is `rl/checkpoint.py`'s. Several ranks shard neither a
+critic nor adapters.
 
 Words: the *version* counts batches trained, i.e. weights published; *updates* counts optimiser updates, which the
 learning-rate schedule reads. A batch whose update was skipped still advances the version: it was consumed.
 
 With a correction of the mismatch (`Algorithm.correction`) and several updates per batch, the rows are scored under the
-weights that begin the batch first: one more forward pass.
+weights that begin the batch first: one more forward pass. A critic looks at the rows first, too, and is updated on the
+same minibatches; while it warms up the policy stays as it is, and its versions are counted on.
+
+With `lora_rank` only adapters are trained (`policy/lora.py`), published and checkpointed, the critic's trunk likewise; the
+base is the model directory's, which has to stay as it is.
 
 Formula of the optimiser: AdamW (arXiv 1711.05101, algorithm 2); decay is applied to matrices only. An update whose loss
 or gradient norm isn't finite is skipped and counted, and leaves weights and optimiser as they were.
@@ -20,26 +25,31 @@ from __future__ import annotations
 
 import random
 import time
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
-from policy import models
-from policy.weights import state_of
+from policy import lora, models
+from policy.weights import load_into, state_of
+from rl import attention, shards
 from rl.advantages import Algorithm, algorithm
-from rl.batch import MicroBatch, Row, microbatches
+from rl.batch import MicroBatch, Row, by_trajectory, microbatches
+from rl.critic import Critic, ValueModel, quality, valued
 from rl.losses import normaliser, policy_loss, token_logprobs
+from rl.packing import Padded
+from rl.ranks import Place, whole
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # saved and loaded without it, on purpose
+CRITIC = "critic"
+"""Folder of the critic's state in a checkpoint."""
+
+ALONE = Place()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +76,21 @@ class LearnerConfig:
     """Optimiser updates per batch; trajectories are dealt to them at random."""
     context: int = 512
     """Longest context of the recipe, tokens: the constant of `aggregation = "constant"`."""
+    critic_lr: float | None = None
+    """The critic's constant learning rate; None takes `lr`. Its other settings are the policy's."""
+    critic_warmup_steps: int = 0
+    """Batches, from the first one on, in which only the critic learns."""
+    lora_rank: int = 0
+    """Rank of the adapters on all linear layers; 0 trains all weights."""
+    lora_alpha: float = 32.0
+    """Their product is scaled by lora_alpha / lora_rank."""
     max_tokens: int = 8192
     """Most positions (padding included) of one micro-batch."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """How rows share a micro-batch (`rl/packing.py`). "auto": packed where variable-length attention exists, which needs a
+    GPU and bf16; elsewhere rows of like length padded, which is faster than attention under a mask."""
+    checkpoint_activations: bool = False
+    """Keep only the inputs of layers for the backward pass and compute the rest again."""
     threads: int = 1
     """Torch threads of this process; 0 leaves the setting alone."""
     seed: int = 0
@@ -127,17 +150,47 @@ class StepReport:
 class Learner:
     """One model, its optimiser and its counters."""
 
-    def __init__(self, config: LearnerConfig, model_dir: Path | str) -> None:
+    def __init__(self, config: LearnerConfig, model: PreTrainedModel | Path | str, place: Place = ALONE) -> None:
+        """`model`: a directory for `policy.models.load`, or a model that is the learner's own from now on. At a `place`
+        among ranks every method is a collective: all ranks call it, with the same arguments."""
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.config = config
+        self.config, self.place = config, place
         self.algorithm = config.row()
-        self.model = models.load(Path(model_dir))
-        self.model.train()
+        assert place.ranks == 1 or not (config.lora_rank or self.algorithm.baseline == "critic"), "see `rl.config`"
+        self.source = model
+        self.model = self._start()
+        packed = config.packing == "packed" or (config.packing == "auto" and (place.varlen or place.sequence > 1))
+        assert packed or place.sequence == 1, "padded rows can't be split"
+        self.sharing = place.sharing(packed=packed, pair_cost=_pair_cost(self.model))
+        if packed:
+            attention.check_heads(self.model.config.num_key_value_heads, place.sequence)
+            attention.use(self.model)
+        if config.checkpoint_activations:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.ranks = place.join()
+        self._forward = self.ranks.shard(self.model, _forward)
         self.optimizer = _optimizer(self.model, config)
+        self.critic = self._critic() if self.algorithm.baseline == "critic" else None
         self.random = random.Random(config.seed)
         self.version = 0
         self.updates = 0
+
+    def _start(self) -> Any:
+        """The model that the run begins with, its base frozen where there are adapters."""
+        model = self._base() if isinstance(self.source, str | Path) else self.source
+        if self.config.lora_rank:
+            lora.attach(model, self.config.lora_rank, self.config.lora_alpha, self.config.seed)
+        return model.train()
+
+    def _base(self) -> PreTrainedModel:
+        assert isinstance(self.source, str | Path), "a critic, and a merged model, begin as the directory's"
+        return models.load(Path(self.source))
+
+    def _critic(self) -> Critic:
+        config, model = self.config, ValueModel(self._base())
+        optimizer = _optimizer(model, replace(config, lr=config.critic_lr or config.lr))
+        return Critic(model, optimizer, grad_clip=config.grad_clip, max_tokens=config.max_tokens)
 
     # ------------------------------------------------------------------ training
 
@@ -149,8 +202,14 @@ class Learner:
         if self.algorithm.correction != "none" and self.config.minibatches > 1:
             scores = self.score([row.token_ids for row in rows])
             rows = [replace(row, old=score) for row, score in zip(rows, scores, strict=True)]
+        if self.critic is not None:
+            rows = valued(rows, self.critic.values(rows), self.algorithm)
+            report.metrics |= quality(rows)
         for index, minibatch in enumerate(self._minibatches(rows)):
-            self._update(minibatch, report, first=index == 0)
+            if self.critic is not None:
+                self._teach(self.critic, minibatch, report)
+            if self.version >= self.config.critic_warmup_steps:
+                self._update(minibatch, report, first=index == 0)
         report.loss /= max(1, report.updates)
         report.grad_norm /= max(1, report.updates)
         self.version += 1
@@ -160,38 +219,43 @@ class Learner:
     def _minibatches(self, rows: Sequence[Row]) -> list[list[Row]]:
         """Rows dealt into `minibatches` parts; the rows of one trajectory stay together. Parts without a row are left
         out."""
-        by_trajectory: dict[str, list[Row]] = {}
-        for i, row in enumerate(rows):
-            by_trajectory.setdefault(row.trajectory or f"row {i}", []).append(row)
-        names = list(by_trajectory)
-        self.random.shuffle(names)
-        count = self.config.minibatches
-        parts = [[row for name in names[i::count] for row in by_trajectory[name]] for i in range(count)]
+        trajectories, count = by_trajectory(rows), self.config.minibatches
+        self.random.shuffle(trajectories)
+        parts = [[rows[i] for members in trajectories[part::count] for i in members] for part in range(count)]
         return [part for part in parts if part]
+
+    def _teach(self, critic: Critic, rows: Sequence[Row], report: StepReport) -> None:
+        """One update of the critic. Parts of a batch are about equal: the reported loss is the sum of their shares."""
+        loss = critic.update(rows, self.algorithm.value_clip)
+        report.skipped += loss is None
+        report.metrics["value_loss"] = report.metrics.get("value_loss", 0.0) + (loss or 0.0) / self.config.minibatches
 
     def _update(self, rows: Sequence[Row], report: StepReport, first: bool) -> None:
         """One optimiser update, accumulated over micro-batches."""
-        batches = microbatches(rows, self.config.max_tokens)
-        tokens = sum(b.action_tokens for b in batches)
+        tokens = sum(row.action_tokens for row in rows)
         if not tokens:
             return
+        batches = microbatches(rows, self.config.max_tokens, self.sharing)
         trajectories = len({row.trajectory or f"row {i}" for i, row in enumerate(rows)})
         divisor = normaliser(
             self.algorithm,
             action_tokens=tokens,
-            rows=sum(len(b.mask) for b in batches),
+            rows=sum(row.action_tokens > 0 for row in rows),
             trajectories=trajectories,
             context=self.config.context,
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss, metrics = 0.0, dict[str, float]()
+        sums = {"loss": 0.0, "positions": 0.0}
         for batch in batches:
-            part, seen = self._backward(batch, divisor)
-            loss += part
+            loss, seen = self._backward(batch, divisor)
+            sums["loss"] += loss
+            sums["positions"] += int(batch.inside.sum()) if self.sharing.packed else batch.inside.numel()
             for key, value in seen.items():
-                metrics[key] = metrics.get(key, 0.0) + value * batch.action_tokens / tokens
-            report.positions += batch.token_ids.numel()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip))
+                sums[key] = sums.get(key, 0.0) + value * batch.action_tokens / tokens
+        metrics = dict(zip(sums, self.ranks.total(list(sums.values())), strict=True))
+        loss = metrics.pop("loss")
+        report.positions += int(metrics.pop("positions"))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)))
         if not (np.isfinite(loss) and np.isfinite(norm)):
             self.optimizer.zero_grad(set_to_none=True)
             report.skipped += 1
@@ -205,7 +269,7 @@ class Learner:
 
     def _backward(self, batch: MicroBatch, divisor: float) -> tuple[float, dict[str, float]]:
         """Forward and backward of one micro-batch; gradients add to those there."""
-        logprobs, entropy = self._logprobs(batch.token_ids, batch.targets, batch.mask)
+        logprobs, entropy = self._logprobs(batch.token_ids, batch.targets, batch.inside, batch.mask)
         loss, metrics = policy_loss(
             logprobs,
             batch.behaviour,
@@ -219,10 +283,15 @@ class Learner:
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach()), metrics
 
-    def _logprobs(self, token_ids: Tensor, targets: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B, T] ids -> log-probabilities and entropies of `targets`. Right padding needs no attention mask."""
-        hidden = self.model.model(input_ids=token_ids, use_cache=False).last_hidden_state
-        return token_logprobs(hidden, self.model.lm_head.weight, targets, mask)
+    def _logprobs(
+        self, token_ids: Tensor, targets: Tensor, inside: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """[B, T] each -> log-probabilities and entropies of `targets`; `inside` is false at padding."""
+        device = self.ranks.device
+        layout = self.ranks.layout(inside.to(device), self.sharing.packed)
+        wanted = None if mask is None else mask.to(device)
+        logprobs, entropy = self._forward(layout, token_ids.to(device), targets.to(device), wanted)
+        return logprobs.cpu(), entropy.cpu()
 
     def _cpu(self) -> float:
         """CPU seconds: of this thread where it computes alone, else of the process."""
@@ -231,74 +300,91 @@ class Learner:
     # ------------------------------------------------------------------ weights and scores
 
     def weights(self) -> dict[str, np.ndarray]:
-        """The weights of `version`, by parameter name, as copies."""
-        return state_of(self.model)
+        """The weights of `version`, by parameter name, as copies; where adapters are trained those alone
+        (`policy.lora.adapters_of`). Nothing on ranks but the first."""
+        if self.config.lora_rank:
+            return lora.adapters_of(self.model)
+        return state_of(self.model, keep=not self.place.rank)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (nats, temperature 1) of each token given those before it; 0.0 for the first. Nothing is
         cached."""
         out: list[list[float]] = [[0.0] * len(s) for s in sequences]
-        order = sorted((i for i, s in enumerate(sequences) if len(s) > 1), key=lambda i: len(sequences[i]))
-        for bunch in _bunches(order, [len(s) for s in sequences], self.config.max_tokens):
-            width = max(len(sequences[i]) for i in bunch)
-            ids = torch.zeros((len(bunch), width), dtype=torch.int64)
-            for row, i in enumerate(bunch):
-                ids[row, : len(sequences[i])] = torch.tensor(list(sequences[i]))
+        long = [i for i, s in enumerate(sequences) if len(s) > 1]
+        lengths = [len(sequences[i]) for i in long]
+        for bunch in self.sharing.mine(lengths, self.config.max_tokens):
+            rows = [torch.tensor(list(sequences[long[i]])) for i in bunch] or [torch.zeros(2, dtype=torch.int64)]
+            ids = pad_sequence(rows, batch_first=True)
+            inside = pad_sequence([torch.ones(len(row) - 1, dtype=torch.bool) for row in rows], batch_first=True)
             with torch.no_grad():
-                logprobs, _ = self._logprobs(ids[:, :-1], ids[:, 1:])
+                logprobs, _ = self._logprobs(ids[:, :-1], ids[:, 1:], inside)
             for row, i in enumerate(bunch):
-                out[i][1:] = logprobs[row, : len(sequences[i]) - 1].tolist()
-        return out
+                out[long[i]][1:] = logprobs[row, : lengths[i] - 1].tolist()
+        every = iter(self.ranks.total([x for scores in out for x in scores]))
+        return [[next(every) for _ in scores] for scores in out]
 
     # ------------------------------------------------------------------ state
 
     def export(self, directory: Path) -> None:
-        """Write the model alone, in the form that `policy.models.load` reads."""
-        models.save(self.model, directory)
+        """Write the model alone, in the form that `policy.models.load` reads; adapters are merged into it."""
+        if self.config.lora_rank:
+            model = self._base()
+            load_into(model, lora.merge(state_of(model), self.weights()))
+            models.save(model, directory)
+            return
+        weights = None if self.ranks.alone else self.weights()
+        if not self.place.rank:
+            models.save(self.model, directory, weights)
 
     def save(self, directory: Path) -> None:
-        """Write weights, optimiser, counters and random state into `directory` (torch.distributed.checkpoint
-        shards)."""
-        state_dict_saver.save(self._state(), checkpoint_id=directory, no_dist=True)
+        """Write weights, optimiser, counters and random state into `directory` (torch.distributed.checkpoint shards); a
+        learner of any number of ranks can load it."""
+        shards.save(directory, self.model, self.optimizer, self._counters(), alone=self.ranks.alone)
+        if self.critic is not None:
+            self.critic.save(directory / CRITIC)
 
     def load(self, directory: Path) -> None:
         """The inverse of `save`: the next `step` gives bitwise the weights that an uninterrupted run would have.
 
-        Raises `ValueError` where the directory holds the state of another model, or none.
+        Raises `ValueError` where the directory holds the state of another model, or none, or no critic's for a learner
+        that has one.
         """
-        state = self._state()
-        try:
-            state_dict_loader.load(state, checkpoint_id=directory, no_dist=True)
-        except (CheckpointException, OSError) as error:
-            first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-            cause = (" ".join(str(first).split()) or type(first).__name__)[:300]
+        if self.critic is not None and not (directory / CRITIC).is_dir():
             raise ValueError(
-                f"checkpoint {directory}: the learner's state does not fit this model, or can't be read ({cause});"
-                " resume with the model it was made with, or from another checkpoint"
-            ) from error
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        counters = state["counters"]
+                f"checkpoint {directory} is of a run without a critic, which algorithm={self.config.algorithm!r} has; "
+                "resume with the algorithm it was made with, or start a new run"
+            )
+        if self.critic is not None:
+            self.critic.load(directory / CRITIC)
+        counters = shards.load(directory, self.model, self.optimizer, self._counters(), alone=self.ranks.alone)
         self.version, self.updates = counters["version"], counters["updates"]
         version, internal, gauss = counters["random"]
         self.random.setstate((version, tuple(internal), gauss))
 
-    def _state(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        counters = {"version": self.version, "updates": self.updates, "random": self.random.getstate()}
-        return {"model": model, "optimizer": optimizer, "counters": counters}
+    def _counters(self) -> dict[str, Any]:
+        return {"version": self.version, "updates": self.updates, "random": self.random.getstate()}
+
+
+def _forward(
+    model: PreTrainedModel, layout: Padded, token_ids: Tensor, targets: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `Learner._logprobs` gives; the one place where the model is called."""
+    ids, goals = layout.pack(token_ids), layout.pack(targets)
+    hidden = model.model(input_ids=ids, use_cache=False, **layout.arguments()).last_hidden_state
+    logprobs, entropy = token_logprobs(hidden, model.lm_head.weight, goals, None if mask is None else layout.pack(mask))
+    return layout.unpack(logprobs), layout.unpack(entropy)
 
 
 def _optimizer(model: torch.nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
     # Empty moments now, by a step of rate 0 whose count is taken back: left alone, `get_state_dict` takes such a step
     # when a learner without updates is saved, and keeps the count, which would change the bias correction.
-    for p in model.parameters():
+    for p in trained:
         p.grad = torch.zeros_like(p)
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -327,12 +413,10 @@ def _merge(report: StepReport, loss: float, norm: float, tokens: int, metrics: d
             report.metrics[key] = report.metrics.get(key, 0.0) * (1 - share) + value * share
 
 
-def _bunches(order: Iterable[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices in order of length, cut so that length x count stays within `max_tokens` (one sequence at least)."""
-    bunches: list[list[int]] = []
-    for i in order:
-        if bunches and lengths[i] * (len(bunches[-1]) + 1) <= max_tokens:
-            bunches[-1].append(i)
-        else:
-            bunches.append([i])
-    return bunches
+def _pair_cost(model: PreTrainedModel) -> float:
+    """Operations of attention for a pair of tokens, relative to those of a token's matrix products: per layer 2 p for p
+    parameters, and 2 n d for n causal positions of width d, in layers without a window."""
+    kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
+    share = kinds.count("full_attention") / len(kinds)
+    parameters = sum(p.numel() for p in model.model.layers.parameters()) / len(model.model.layers)
+    return float(share * model.config.hidden_size / parameters)

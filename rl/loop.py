@@ -37,9 +37,10 @@ from rl.admission import Admission, Closed
 from rl.batch import BatchReport, rows_of
 from rl.config import Config
 from rl.curriculum import Exhausted, Pick, curriculum
+from rl.ledger import Area, Ledger
 from rl.parts import Parts
 from rl.record import Record
-from rl.spawn import Handle
+from rl.spawn import Handle, PartGone
 from rl.staleness import Staleness
 from rl.worker import Order
 
@@ -108,14 +109,17 @@ class Loop:
         self.evaluations: dict[str, _Evaluation] = {}
         self.infra = self.dropped = 0
         self.lost = 0  # episodes in a row
-        self.due: dict[Future[Trajectory], tuple[float, Handle]] = {}
+        self.due: dict[Future[Any], tuple[float, Handle | None]] = {}  # oldest first; the worker, of an episode
         self.load = [0] * len(parts.workers)
         self.measured = -math.inf
         self.learning = False
         self.evaluated: set[int] = set()
         self.probes: list[list[int]] = []
         self.deadline = config.rollout.deadline if config.rollout.spawn == "ray" else math.inf
-        self.shuffle = random.Random(config.seed) if config.learn.control == "shuffle" else None
+        self.ledger = Ledger(("work", "wait", "checkpoint"), clock)  # of the thread that runs this
+        # Of the learn stage: for a batch, of it, until its weights are proven.
+        self.stage = Ledger(("wait", "train", "publish"), clock)
+        self.vacant = Area(clock)  # episode slots that the staleness bound keeps empty
 
     def resume(self, step: int) -> None:
         """Go on after `step`: finished groups are used, unfinished ones are played again under their old names."""
@@ -149,10 +153,12 @@ class Loop:
 
     def _handle(self) -> None:
         try:
-            handler, context, future = self.inbox.get(timeout=1.0)
+            with self.ledger.spend("wait"):
+                handler, context, future = self.inbox.get(timeout=1.0)
         except queue.Empty:
             self.record.view(self)
             return
+        self.due.pop(future, None)
         handler(context, future)
 
     # ------------------------------------------------------------------ feed and roll out
@@ -163,7 +169,13 @@ class Loop:
             for order in self.admission.start():
                 self._send(order)
             if not self._open_group():
-                return
+                break
+        self.vacant.set(self._vacant())
+
+    def _vacant(self) -> int:
+        needed = (self.config.steps - self.step) * self.config.learn.groups_per_step
+        wanted = self.admission.outstanding < needed and not self.admission.may_issue()
+        return max(0, self.admission.room) if wanted else 0
 
     def _open_group(self) -> bool:
         """Issue a new group if training needs one and admission allows it."""
@@ -194,6 +206,8 @@ class Loop:
         self.admission.issue(pick.group, self._orders(pick, split, size, temperature))
 
     def _orders(self, pick: Pick, split: str, size: int, temperature: float) -> Iterator[Order]:
+        """One order for each sample. The seed is that of the sample, not of the try: what is played again after a failure or
+        a kill is the same draw, or long episodes, which are hit most, would be redrawn and become rare."""
         for sample in range(size):
             seed = zlib.crc32(f"{self.config.seed}/{pick.group}/{pick.index}/{sample}".encode()) & 0x7FFFFFFF
             yield Order(**vars(pick), split=split, sample=sample, temperature=temperature, seed=seed)
@@ -202,18 +216,22 @@ class Loop:
         at = min(range(len(self.load)), key=self.load.__getitem__)
         worker = self.parts.workers[at]
         self.load[at] += 1
-        future = worker.call("play", order)
-        self.due[future] = (self.clock() + self.deadline, worker)
-        self._after(future, self.played, (order, at, worker))
+        self._after(worker.call("play", order), self.played, (order, at, worker), worker)
 
     def expire(self) -> None:
-        """Kill a worker whose oldest episode is past its deadline: it hangs. What it played comes back to `played` as lost."""
-        now = self.clock()
-        if self.due:
-            future, (deadline, worker) = next(iter(self.due.items()))
-            if deadline < now:
-                del self.due[future]
-                worker.kill()
+        """Kill a worker whose oldest episode is past its deadline: it hangs. What it played comes back to `played` as lost.
+        `PartGone` where it is the engine or the learner."""
+        if not self.due:
+            return
+        future, (deadline, worker) = next(iter(self.due.items()))
+        if deadline >= self.clock():
+            return
+        if worker is None:
+            raise PartGone(
+                f"engine or learner gave no answer within rollout.deadline={self.deadline:g} seconds; raise it where they need longer"
+            )
+        del self.due[future]
+        worker.kill()
 
     def _cancel(self, order: Order) -> None:
         self.parts.engine.call("cancel", order.episode)
@@ -227,7 +245,10 @@ class Loop:
                 self.parts.engine.call("load"), lambda at, load: self.admission.measured(load.result(), at), now
             )
 
-    def _after(self, future: Future[Any], handler: Callable[..., None], context: Any = None) -> None:
+    def _after(
+        self, future: Future[Any], handler: Callable[..., None], context: Any = None, worker: Handle | None = None
+    ) -> None:
+        self.due[future] = (self.clock() + self.deadline, worker)
         future.add_done_callback(lambda done: self.inbox.put((handler, context, done)))
 
     # ------------------------------------------------------------------ batch
@@ -235,7 +256,6 @@ class Loop:
     def played(self, context: tuple[Order, int, Any], future: Future[Trajectory]) -> None:
         """An episode ended: retry it if the infrastructure failed, else put it where it belongs. Surplus belongs nowhere."""
         order, at, worker = context
-        self.due.pop(future, None)
         self.load[at] -= 1
         try:
             trajectory = future.result()
@@ -249,6 +269,7 @@ class Loop:
         self.lost = self.lost + 1 if trajectory.reward is None else 0
         if trajectory.reward is None:
             self.infra += 1
+            self._after(self.parts.engine.call("check"), self.checked)
             if self.lost > LOST_ROUNDS * self.config.rollout.in_flight + 16:
                 raise InfraError(
                     f"{self.lost} episodes in a row were lost to the infrastructure, the last one so: {trajectory.info.get('why', 'no reason given')}"
@@ -263,6 +284,10 @@ class Loop:
         self.open[order.group].trajectories.append(trajectory)
         if closed is not None:
             self._close(self.open.pop(order.group), closed)
+
+    def checked(self, _: None, future: Future[None]) -> None:
+        """An episode was lost. Was it the engine? Then the run ends here, before all others are lost, too."""
+        future.result()
 
     def _close(self, group: Group, closed: Closed[Order]) -> None:
         for order in closed.cancel:
@@ -287,7 +312,7 @@ class Loop:
 
     def learn(self) -> None:
         """Hand the learner a batch, if it is idle, the last publish is proven, and enough groups are ready."""
-        if self.learning or self.step >= self.config.steps:
+        if self.learning or self.step >= self.config.steps or (self.config.deterministic and self.evaluations):
             return
         for name in self.admission.stale():
             del self.ready[name]
@@ -296,11 +321,13 @@ class Loop:
         if not chosen:
             return
         groups = [self.ready.pop(name) for name in list(self.ready) if name in chosen]
+        shuffled = random.Random(f"{self.config.seed}/{self.step}") if self.config.learn.control == "shuffle" else None
         rows, report = rows_of(
-            groups, self.algorithm, self.version, vocabulary=self.record.vocabulary, shuffled=self.shuffle
+            groups, self.algorithm, self.version, vocabulary=self.record.vocabulary, shuffled=shuffled
         )
         self.probes = self.probes or [t.segments[0].token_ids for g in groups[:4] for t in g.trajectories[:1]]
         self.learning = True
+        self.stage.switch("train")
         learner = self.parts.learner
         self._after(learner.call("step", rows), self.trained, (groups, report))
         weights, scores = learner.call("weights"), learner.call("score", self.probes)
@@ -310,6 +337,7 @@ class Loop:
         """The learner took the batch: the journal says so before anything else does."""
         groups, report = context
         step = future.result()
+        self.stage.switch("publish")
         self.admission.trained()
         self.step += 1
         self.record.journal.train([group.id for group in groups], self.step)
@@ -330,20 +358,21 @@ class Loop:
     def compare(self, context: tuple[int, Future[list[list[float]]]], future: Future[list[list[float]]]) -> None:
         """Engine and learner must agree on the probes, or the run stops."""
         version, scores = context
-        parity = parity_of(future.result(), scores.result(), version)
+        parity = parity_of(future.result(), scores.result(300), version)
         self.learning = False
+        self.stage.switch("wait")
         self.record.parity(self, parity)
-        done = self.step == self.config.steps
-        if done or (self.config.eval.every and self.step % self.config.eval.every == 0):
-            self.evaluate()
-        if not done and self.step % self.config.checkpoint_every == 0:
+        self.evaluate()
+        if self.step < self.config.steps and self.step % self.config.checkpoint_every == 0:
             self.record.checkpoint(self)
 
     # ------------------------------------------------------------------ evaluation
 
     def evaluate(self) -> None:
-        """Queue one episode of each held-out task; training goes on meanwhile."""
-        if not self.config.eval.every or self.step in self.evaluated:
+        """Where an evaluation is due, queue one episode of each held-out task; training goes on meanwhile."""
+        every = self.config.eval.every
+        due = every and (self.step % every == 0 or self.step == self.config.steps)
+        if not due or self.step in self.evaluated:
             return
         self.evaluated.add(self.step)
         for label, (source, split) in self.config.evaluations.items():

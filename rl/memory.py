@@ -107,6 +107,8 @@ class Layout:
     """Keep the input of each layer alone, and compute the rest again in the backward pass."""
     lora_rank: int = 0
     """Train adapters of this rank; 0: all weights."""
+    critic: bool = False
+    """A second model of the same size is trained beside."""
     master: int = 4
     """Bytes of a weight, a gradient, a moment."""
     compute: int = 4
@@ -141,13 +143,14 @@ def learner(shape: Shape, layout: Layout) -> LearnerMemory:
     trained = shape.adapters(layout.lora_rank) if layout.lora_rank else shape.parameters
     everything = shape.parameters + (trained if layout.lora_rank else 0)
     tokens = -(-layout.tokens // layout.sequence_parallel)
+    models = layout.master * (2 if layout.critic else 1)
     gathered = layout.compute * (2 * shape.layer + shape.ends) if layout.ranks > 1 else 0
     chunk = 4 * min(tokens, CHUNK) * shape.vocab_size * 4  # in fp32 whatever is computed in
     flow = tokens * (3 * shape.inner + 4 * shape.hidden) * layout.compute
     return LearnerMemory(
-        weights=layout.master * everything // layout.ranks,
-        gradients=layout.master * trained // layout.ranks,
-        moments=2 * layout.master * trained // layout.ranks,
+        weights=models * everything // layout.ranks,
+        gradients=models * trained // layout.ranks,
+        moments=2 * models * trained // layout.ranks,
         gathered=gathered,
         activations=activations(shape, tokens, checkpoint=layout.checkpoint, number=layout.compute),
         workspace=max(chunk, flow),

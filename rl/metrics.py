@@ -1,12 +1,15 @@
 """Every number that a run logs: its name, meaning and reduction, once; and the sinks they go to.
 
 `metrics.jsonl` has one object a line with `kind` "step", "eval" or "end". TensorBoard gets the numeric fields of steps and
-evaluations under `step/…` and `eval/<split>/…`.
+evaluations under `step/…` and `eval/<split>/…`, and so does W&B where `track` has it.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import secrets
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,11 +19,12 @@ if TYPE_CHECKING:
     from agents.trajectory import Group
 
 GLOSSARY: dict[str, str] = {
+    "kind": "what the row is about: a step, an evaluation (eval), or the end of the run",
     "step": "batches trained on so far",
     "wall": "seconds since the run (or its resumption) started",
     "trajectories": "trajectories of the batch",
     "version": "version of the weights after the step",
-    "reward": "mean return of the batch's graded trajectories",
+    "reward": "mean return of the graded trajectories, of the batch or the evaluation",
     "solve_rate": "share of the batch's graded trajectories with outcome resolved",
     "live_groups": "share of groups with two different returns; only these carry a signal",
     "kept": "share of the batch's trajectories in the gradient",
@@ -29,6 +33,9 @@ GLOSSARY: dict[str, str] = {
     "action_tokens": "sampled tokens in the gradient",
     "train_seconds": "seconds that the learner took for the batch",
     "loss": "mean policy loss of the step's updates",
+    "value_loss": "half the mean squared error of the critic at action tokens, clipped, mean of the step's updates",
+    "explained_variance": "1 − Var(return − value) / Var(return) over action tokens, of values from before the step",
+    "value": "mean value at action tokens, from before the step: what return the critic expects",
     "grad_norm": "mean gradient norm before clipping",
     "entropy": "mean entropy of the policy at sampled tokens, nats",
     "clip_low": "share of action tokens whose ratio was clipped below",
@@ -53,8 +60,12 @@ GLOSSARY: dict[str, str] = {
     "env_busy": "mean episodes in an environment's reset or step (sandbox work), over the step's wall clock",
     "learner_busy": "share of the step's wall clock in which the learner trained",
     "decoded_tokens": "tokens sampled since the run started",
+    "unexplained": "largest share of a component's wall clock since the run started that no label of its ledger has",
+    "split": "what the evaluation's tasks are of",
     "solve": "share of the evaluation's episodes with outcome resolved",
     "n": "episodes of the evaluation",
+    "ledgers": "seconds by component (episodes: of all slots) and label since the run started; they sum to its wall clock",
+    "summary": "the run's last words",
 }
 
 
@@ -75,32 +86,87 @@ def by_source(groups: Sequence[Group], source_of: Callable[[str], str]) -> dict[
 class Sink:
     """Where metrics go. `write` returns at once; files are flushed per row, so a killed run keeps what it logged."""
 
-    def __init__(self, directory: Path, tensorboard: bool = True, behind: int = 0) -> None:
-        """`behind`: the last step that is kept of what TensorBoard has."""
-        self.path = directory / "metrics.jsonl"
-        self._file = self.path.open("a")
-        self._board: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=behind + 1)
+    def __init__(self, directory: Path, track: Sequence[str] = ("tensorboard",), behind: int = 0) -> None:
+        """`track`: names of `TRACKERS`. `behind`: the last step that is kept of what TensorBoard has."""
+        self._file = (directory / "metrics.jsonl").open("a")
+        self._trackers = [TRACKERS[name](directory, behind) for name in track]
 
     def write(self, kind: str, row: Mapping[str, Any]) -> None:
         """Append one row."""
         self._file.write(json.dumps({"kind": kind, **row}) + "\n")
         self._file.flush()
-        if self._board is not None and kind in ("step", "eval"):
-            prefix = "step" if kind == "step" else f"eval/{row['split']}"
-            counts = {f"{k}/{name}": n for k, v in row.items() if isinstance(v, dict) for name, n in v.items()}
-            for key, value in {**row, **counts}.items():
-                if isinstance(value, int | float) and key.split("/")[0] in GLOSSARY and key != "step":
-                    self._board.add_scalar(f"{prefix}/{key}", value, row["step"])
+        if kind in ("step", "eval"):
+            for tracker in self._trackers:
+                tracker.add(scalars(kind, row), row["step"])
 
     def close(self) -> None:
         """Flush and close."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def scalars(kind: str, row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row of kind "step" or "eval", by the names that trackers show."""
+    prefix = "step" if kind == "step" else f"eval/{row['split']}"
+    counts = {f"{k}/{name}": n for k, v in row.items() if isinstance(v, dict) for name, n in v.items()}
+    return {f"{prefix}/{k}": v for k, v in {**row, **counts}.items() if isinstance(v, int | float) and k != "step"}
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path, behind: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(directory / "tensorboard"), purge_step=behind + 1)
+        self.close = self._writer.close
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+
+class _Wandb:
+    """One W&B run per run directory, also over resumptions; rows that did not survive stay there, under the same steps."""
+
+    def __init__(self, directory: Path, behind: int) -> None:
+        import wandb
+
+        identity = directory / "wandb-id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4))
+        project, recipe = (
+            os.environ.get("WANDB_PROJECT", "codeworld"),
+            tomllib.loads((directory / "recipe.toml").read_text()),
+        )
+        try:
+            self._run: Any = wandb.init(
+                project=project,
+                name=directory.name,
+                id=identity.read_text(),
+                resume="allow",
+                dir=str(directory),
+                config=recipe,
+            )
+        except Exception as error:
+            why = " ".join(str(error).split())[:200]
+            raise ValueError(f"track: wandb does not start ({why}); `wandb login`, or set WANDB_MODE=offline") from None
+        self._run.define_metric("*", step_metric="step")
+        self.close = self._run.finish
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log({**values, "step": step})
+
+
+TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+
+
+def check(track: Sequence[str]) -> None:
+    """`ValueError` where a tracker's package is missing."""
+    if "wandb" in track:
+        try:
+            from wandb import init  # noqa: F401 (a directory `wandb` passes for a package, but has no such name)
+        except ImportError:
+            raise ValueError('track has "wandb", which is not installed; pip install wandb, or leave it out') from None
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -2,36 +2,108 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from envs.errors import InfraError
+from policy.renderer import Renderer
 from rl.admission import Budget
 from rl.config import Config
 from rl.gate import Gate
-from rl.spawn import Handle, spawn
+from rl.spawn import Handle, JointHandle, spawn
 from rl.worker import RolloutWorker
 
+if TYPE_CHECKING:
+    from policy.torch_engine import EngineConfig
+    from rl.learner import LearnerConfig
 
-def engine_part(config: Config) -> Any:
-    """The torch engine on the recipe's model; its slots are the episodes in flight, or as many as the KV budget holds."""
-    from policy import models
-    from policy.torch_engine import EngineConfig, TorchEngine
+
+PADDING = 1024
+"""Most rows that an embedding may have beyond its tokenizer: vocabularies are padded to multiples of up to 512."""
+
+
+def check_model(config: Config) -> None:
+    """`ValueError` where the model directory, its tokenizer and the recipe don't fit together."""
+    from safetensors import SafetensorError, safe_open
+
+    vocabulary = Renderer(config.model).vocab_size
+    path = config.model / "config.json"
+    try:
+        model = json.loads(path.read_text())
+        rows, positions = int(model["vocab_size"]), int(model["max_position_embeddings"])
+        for path in config.model.glob("model*.safetensors"):
+            safe_open(path, "pt")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(
+            f"model {path} can't be read ({error}); copy or save it again, in Hugging Face format"
+        ) from None
+    if not vocabulary <= rows <= vocabulary + PADDING:
+        raise ValueError(
+            f"model {config.model} has vocab_size={rows}, its tokenizer.json {vocabulary} tokens; give the tokenizer that the "
+            "model was made with"
+        )
+    if config.policy.max_context > positions:
+        raise ValueError(
+            f"policy.max_context={config.policy.max_context} is more than the {positions} positions of model {config.model}; "
+            "lower it"
+        )
+
+
+def engine_settings(config: Config) -> EngineConfig:
+    """The torch engine's: its slots are the episodes in flight, or as many as the KV budget holds."""
+    from policy.torch_engine import EngineConfig
 
     fit = config.admission.kv_tokens // config.policy.max_context
-    settings = EngineConfig(
+    return EngineConfig(
         slots=min(config.rollout.in_flight, fit or config.rollout.in_flight),
         max_context=config.policy.max_context,
         threads=config.policy.threads,
         seed=config.seed,
         deadline_s=config.rollout.deadline if config.rollout.spawn == "ray" else 1e9,
     )
-    return TorchEngine(models.load(config.model), settings)
+
+
+def learner_settings(config: Config) -> LearnerConfig:
+    """The learner's."""
+    from rl.learner import LearnerConfig
+
+    learn = config.learn
+    updates = max(1, config.steps - learn.critic_warmup_steps) * learn.minibatches
+    return LearnerConfig(
+        algorithm=learn.algorithm,
+        overrides=dict(learn.overrides),
+        lr=learn.lr,
+        warmup_steps=learn.warmup_steps,
+        decay_updates=updates if learn.schedule == "linear" else 0,
+        critic_lr=learn.critic_lr,
+        critic_warmup_steps=learn.critic_warmup_steps,
+        lora_rank=learn.lora_rank,
+        lora_alpha=learn.lora_alpha,
+        weight_decay=learn.weight_decay,
+        grad_clip=learn.grad_clip,
+        minibatches=learn.minibatches,
+        context=config.policy.max_context,
+        max_tokens=learn.max_tokens,
+        packing=learn.packing,
+        checkpoint_activations=learn.checkpoint_activations,
+        threads=learn.threads,
+        seed=config.seed,
+    )
+
+
+def engine_part(config: Config) -> Any:
+    """The torch engine on the recipe's model."""
+    from policy import models
+    from policy.torch_engine import TorchEngine
+
+    return TorchEngine(models.load(config.model), engine_settings(config))
 
 
 class EnginePart:
@@ -58,6 +130,10 @@ class EnginePart:
         """See `Gate.load`."""
         return self.gate.load()
 
+    def check(self) -> None:
+        """`InfraError` where the engine can't answer any more."""
+        self.engine.score([[0]])
+
     def publish(self, version: int, weights: Any) -> int:
         """Swap the weights between two decode steps; returns the version."""
         self.engine.publish(version, weights, self.recompute)
@@ -69,8 +145,11 @@ class EnginePart:
         return scores
 
     def stats(self) -> dict[str, Any]:
-        """See `TorchEngine.stats` and `TorchEngine.paces`; `parked`: episodes whose KV was given up for older ones."""
-        return {**self.engine.stats(), "paces": self.engine.paces(), "parked": self.gate.parked}
+        """`seconds` per label, the counts of `TorchEngine.stats`, and its `paces`; `parked`: episodes whose KV was given up for
+        older ones."""
+        stats = self.engine.stats()
+        seconds = {label: stats.pop(label) for label in ("prefill", "decode", "swap", "score", "idle")}
+        return {"seconds": seconds, **stats, "paces": self.engine.paces(), "parked": self.gate.parked}
 
     def close(self) -> None:
         """End the engine's thread, and all waiting."""
@@ -79,28 +158,24 @@ class EnginePart:
 
 
 class LearnerPart:
-    """`Learner` as a part, with a ledger of what it does."""
+    """`Learner` as a part, or one rank of it, with a ledger of what it does."""
 
-    def __init__(self, config: Config) -> None:
-        from rl.learner import Learner, LearnerConfig
+    def __init__(self, config: Config, rank: int = 0, rendezvous: str = "") -> None:
+        """`rendezvous`: see `rl.ranks.Place`."""
+        from rl.learner import Learner
         from rl.ledger import Ledger
+        from rl.ranks import Place
 
-        learn = config.learn
-        settings = LearnerConfig(
-            algorithm=learn.algorithm,
-            overrides=dict(learn.overrides),
-            lr=learn.lr,
-            warmup_steps=learn.warmup_steps,
-            decay_updates=config.steps * learn.minibatches if learn.schedule == "linear" else 0,
-            weight_decay=learn.weight_decay,
-            grad_clip=learn.grad_clip,
-            minibatches=learn.minibatches,
-            context=config.policy.max_context,
-            max_tokens=learn.max_tokens,
-            threads=learn.threads,
-            seed=config.seed,
+        place = Place(
+            rank=rank,
+            ranks=config.learn.ranks,
+            sequence=config.learn.sequence_parallel,
+            device=config.learn.device,
+            dtype=config.learn.dtype,
+            rendezvous=rendezvous,
+            deadline=config.rollout.deadline,
         )
-        self.learner = Learner(settings, config.model)
+        self.learner = Learner(learner_settings(config), config.model, place)
         self.ledger = Ledger(["idle", "train", "publish", "checkpoint"])
 
     def step(self, rows: Any) -> dict[str, Any]:
@@ -125,19 +200,31 @@ class LearnerPart:
 
     def load(self, directory: str) -> int:
         """The inverse of `save`; returns the version."""
-        self.learner.load(Path(directory))
+        with self.ledger.spend("checkpoint"):
+            self.learner.load(Path(directory))
         return self.learner.version
 
     def export(self, directory: str) -> None:
         """The model in the form that `policy.models.load` reads."""
-        self.learner.export(Path(directory))
+        with self.ledger.spend("checkpoint"):
+            self.learner.export(Path(directory))
 
-    def stats(self) -> dict[str, float]:
-        """Seconds per label; they sum to the wall clock."""
-        return self.ledger.snapshot()
+    def stats(self) -> dict[str, Any]:
+        """`seconds` per label; they sum to the wall clock."""
+        return {"seconds": self.ledger.snapshot()}
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Leave the other ranks; nothing outlives the process."""
+        self.learner.ranks.close()
+
+
+def start_learner(config: Config, directory: str) -> Handle:
+    """Start the learner: an actor per rank, which find one another through a file in `directory`."""
+    mode, ranks, rendezvous = config.rollout.spawn, config.learn.ranks, f"{directory}/rendezvous"
+    if ranks == 1:
+        return spawn(LearnerPart, config, 0, rendezvous, mode=mode, name="learner")
+    parts = [spawn(LearnerPart, config, rank, rendezvous, mode=mode, name=f"learner-{rank}") for rank in range(ranks)]
+    return JointHandle("learner", parts)
 
 
 def start_worker(config: Config, engine: Handle, index: int) -> Handle:
@@ -161,6 +248,21 @@ def await_start(parts: Sequence[Handle], deadline: float = 180.0) -> None:
             ) from None
 
 
+def _timed(answer: Future[Any]) -> Future[tuple[Any, float]]:
+    """The answer, and when it came."""
+    timed: Future[tuple[Any, float]] = Future()
+
+    def came(_: Future[Any]) -> None:
+        now = time.monotonic()
+        try:
+            timed.set_result((answer.result(), now))
+        except BaseException as error:
+            timed.set_exception(error)
+
+    answer.add_done_callback(came)
+    return timed
+
+
 class Parts:
     """The started parts. A worker that died is started again; an engine or learner that died ends the run."""
 
@@ -168,7 +270,8 @@ class Parts:
         """Start everything; errors as `await_start`."""
         self.config, mode, episodes = config, config.rollout.spawn, config.rollout.in_flight
         self.engine: Handle = spawn(EnginePart, config, mode=mode, name="engine", concurrency=episodes + 8)
-        self.learner: Handle = spawn(LearnerPart, config, mode=mode, name="learner")
+        self.meeting = TemporaryDirectory(prefix="codeworld-ranks-")
+        self.learner = start_learner(config, self.meeting.name)
         self.workers = [start_worker(config, self.engine, i) for i in range(config.rollout.workers)]
         await_start((self.engine, self.learner, *self.workers))
 
@@ -177,12 +280,15 @@ class Parts:
         if self.workers[index] is dead:
             self.workers[index] = start_worker(self.config, self.engine, index)
 
-    def stats(self, timeout: float = 60.0) -> dict[str, Any]:
-        """Statistics by part: "engine", "learner" and a list "workers"; a part that can't answer is left out."""
-        asked: dict[str, Future[Any]] = {"engine": self.engine.call("stats"), "learner": self.learner.call("stats")}
-        asked |= {f"worker-{i}": w.call("stats") for i, w in enumerate(self.workers)}
+    def stats(self, timeout: float = 60.0) -> dict[str, tuple[dict[str, Any], float]]:
+        """By part ("engine", "learner", "worker-0" …) its statistics, and when they came (`time.monotonic`); a part that can't
+        answer is left out."""
+        asked = {"engine": self.engine, "learner": self.learner} | {
+            f"worker-{i}": w for i, w in enumerate(self.workers)
+        }
+        answers = {name: _timed(part.call("stats")) for name, part in asked.items()}
         found = {}
-        for name, future in asked.items():
+        for name, future in answers.items():
             try:
                 found[name] = future.result(timeout)
             except Exception:  # a dead worker is noticed where its episodes are lost
@@ -196,3 +302,4 @@ class Parts:
                 part.stop()
             except Exception:
                 continue
+        self.meeting.cleanup()

@@ -21,6 +21,7 @@ from rl.latencies import DEVICES, Book, Hardware, Latencies, Workload, assumed, 
 from rl.ledger import bottleneck, busy_share
 from rl.loop import Loop
 from rl.memory import HEAP, LIBRARIES, EngineMemory, Layout, LearnerMemory, Shape, engine, fit, gb
+from rl.spawn import PartGone
 from rl.virtual import Parts, Tally
 
 STEPS = 24
@@ -62,8 +63,11 @@ def simulate(
     """
     config = replace(config, steps=min(config.steps, steps))
     parts = Parts(config, latencies, book, replicas, kv_tokens, page)
-    tally = Tally(parts, latencies)
-    Loop(config, cast(Any, parts), cast(Any, tally), clock=parts.clock, inbox=Inbox(parts.clock)).run()
+    tally = Tally(parts)
+    try:
+        Loop(config, cast(Any, parts), cast(Any, tally), clock=parts.clock, inbox=Inbox(parts.clock)).run()
+    except PartGone as error:  # in the forecast: a deadline is too short for what it is to wait for
+        raise ValueError(str(error)) from None
     ledgers = parts.ledgers(config.rollout.in_flight)
     ages = [report.staleness_mean for report in tally.reports]
     return Forecast(
@@ -106,7 +110,7 @@ def on_cpus(config: Config, shape: Shape, layout: Layout, memory: float) -> Plac
     slots = min(config.rollout.in_flight, config.admission.kv_tokens // context or config.rollout.in_flight)
     whole = replace(shape, windowed=0).kv_bytes(context, 4)  # the embedded engine holds every layer in full
     held = EngineMemory(weights=weights, kv=slots * whole, episodes=slots, tokens=slots * context)
-    learner = fit(shape, layout, (memory - held.weights - held.kv - LIBRARIES) / HEAP)
+    learner = fit(shape, layout, ((memory - held.weights - held.kv) / layout.ranks - LIBRARIES) / HEAP)
     return Placement(replicas=1, tensor_parallel=0, layout=layout, learner=learner, engine=held)
 
 
@@ -114,7 +118,7 @@ def on_gpus(
     config: Config, shape: Shape, layout: Layout, device: Hardware, gpus: int, tensor_parallel: int = 0, ranks: int = 0
 ) -> list[Placement]:
     """Splits of `gpus` between learner and engines that fit. A replica has the fewest GPUs that hold a group of episodes of
-    the longest context, the learner a power of two times `sequence_parallel`. `ValueError` where nothing fits."""
+    the longest context, the learner its ranks times a power of two. `ValueError` where nothing fits."""
     context, usable = config.policy.max_context, device.memory * 0.95  # the rest is CUDA's own, and fragments
     sizes = [tensor_parallel] if tensor_parallel else [n for n in (1, 2, 4, 8) if shape.heads % n == 0]
     held = [engine(shape, tensor_parallel=n, memory=device.memory, context=context) for n in sizes]
@@ -125,10 +129,10 @@ def on_gpus(
             f"{gb(shape.kv_bytes(context))}; lower it, or raise --gpu-memory-gb or --tensor-parallel"
         )
     size, memory = next(((n, e) for n, e in fits if e.episodes >= config.rollout.group_size), fits[-1])
-    counts = [ranks] if ranks else [layout.sequence_parallel * 2**k for k in range(20)]
+    counts = [ranks] if ranks else [layout.ranks * 2**k for k in range(20)]
     counts = [n for n in counts if n + size <= gpus]
     if not counts:
-        least = size + (ranks or layout.sequence_parallel)
+        least = size + (ranks or layout.ranks)
         raise ValueError(
             f"gpus={gpus} is too few: an engine takes {size}, the learner {least - size}; give at least {least}"
         )
@@ -165,14 +169,9 @@ def options(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--gpu-memory-gb", type=float, help="memory of one, where it is not the device's own")
     p.add_argument("--tensor-parallel", type=int, default=0, help="GPUs of an engine; 0: as few as hold an episode")
-    p.add_argument("--ranks", type=int, default=0, help="GPUs of the learner; 0: the split with the shortest step")
     p.add_argument(
-        "--sequence-parallel", type=int, default=1, help="ranks that share a sequence (default: %(default)s)"
+        "--ranks", type=int, default=0, help="of the learner; 0: learn.ranks, doubled until the step is shortest"
     )
-    p.add_argument(
-        "--checkpoint-activations", action="store_true", help="compute activations twice instead of keeping them"
-    )
-    p.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank; 0: all weights")
     for name, value in asdict(Workload()).items():
         p.add_argument(
             f"--{name.replace('_', '-')}",
@@ -183,15 +182,17 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", type=Path, help="write the plan to a file")
 
 
-def layout_of(args: argparse.Namespace, config: Config) -> Layout:
-    """The learner as the recipe and the command line have it."""
+def layout_of(config: Config) -> Layout:
+    """The learner as the recipe has it."""
+    learn = config.learn
     return Layout(
-        tokens=config.learn.max_tokens,
-        ranks=args.ranks or 1,
-        sequence_parallel=args.sequence_parallel,
-        checkpoint=args.checkpoint_activations,
-        lora_rank=args.lora_rank,
-        compute=2 if args.gpus else 4,
+        tokens=learn.max_tokens,
+        ranks=learn.ranks,
+        sequence_parallel=learn.sequence_parallel,
+        checkpoint=learn.checkpoint_activations,
+        lora_rank=learn.lora_rank,
+        critic=learn.row().baseline == "critic",
+        compute=2 if learn.dtype == "bf16" else 4,
     )
 
 
@@ -199,7 +200,7 @@ def plan(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     """Placement, memory and forecast, of the best split. `ValueError` where something doesn't fit."""
     shape = Shape.named(args.model or config.model)
     device = DEVICES[args.device if args.gpus else "cpu"]
-    layout = layout_of(args, config)
+    layout = layout_of(config)
     if config.learn.max_tokens < config.policy.max_context:
         raise ValueError(
             f"learn.max_tokens={config.learn.max_tokens} is less than policy.max_context={config.policy.max_context}: one "

@@ -2,7 +2,7 @@
 
     runs/<name>/  recipe.toml      the resolved recipe
                   journal.sqlite   what became of every group
-                  metrics.jsonl, tensorboard/
+                  metrics.jsonl, tensorboard/ or wandb/ (`track`)
                   trajectories/    step-000012.jsonl: every trajectory of the batch, with ids, masks, log-probs, versions
                   evaluations/     validation-000010.jsonl
                   checkpoints/     step-000040/: the learner's whole state
@@ -14,25 +14,50 @@ The loop decides; this file only writes, counts and shows. A run directory is lo
 
 from __future__ import annotations
 
+import errno
+import shutil
+import sqlite3
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from envs.errors import InfraError
 from policy.renderer import Renderer
+from policy.torch_engine import COUNTS
 from rl import checkpoint
 from rl.batch import BatchReport
 from rl.config import Config, dump
 from rl.journal import Journal, RunLock
-from rl.ledger import bottleneck, busy_share, merge, summary
+from rl.ledger import Account, bottleneck, busy_share, relabel, summary
 from rl.metrics import Sink, by_source, read, truncate
 from rl.parts import Parts
 from rl.report import write_report
 from rl.view import View
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 if TYPE_CHECKING:
     from agents.trajectory import Group
     from rl.loop import Loop, _Evaluation
+
+
+def full_disk(error: BaseException, directory: Path) -> InfraError | None:
+    """What to say where the run failed because its disk is full, which may show as any error; None where it isn't."""
+    seen: BaseException | None = error
+    full = False
+    while seen is not None and not full:
+        full = getattr(seen, "errno", None) in _FULL or getattr(seen, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+        seen = seen.__cause__ or seen.__context__
+    probe = directory / "probe"
+    try:
+        probe.write_bytes(bytes(checkpoint.PROBE))
+    except OSError as failed:
+        full = full or failed.errno in _FULL
+    finally:
+        probe.unlink(missing_ok=True)
+    free = shutil.disk_usage(directory if directory.exists() else "/").free / 1e6
+    return InfraError(f"the disk of {directory} is full ({free:.1f} MB free): make room there") if full else None
 
 
 class Record:
@@ -69,8 +94,18 @@ class Record:
         self.before: dict[str, Any] = (
             next((r for r in reversed(read(metrics)) if r["kind"] == "step"), {}) if metrics.exists() else {}
         )
-        (self.directory / "recipe.toml").write_text(dump(self.config))
-        self.sink = self._held.enter_context(closing(Sink(self.directory, behind=self.surviving_step)))
+        aside = self.directory / "recipe.tmp"  # one rename, as a kill may come at any time
+        aside.write_text(dump(self.config))
+        aside.rename(self.directory / "recipe.toml")
+        self.sink = self._held.enter_context(
+            closing(Sink(self.directory, self.config.track, behind=self.surviving_step))
+        )
+        slots = self.config.rollout.in_flight // self.config.rollout.workers
+        self.accounts = {
+            name: Account(self.began, slots if name == "episodes" else 1)
+            for name in ("engine", "episodes", "learner", "loop")
+        }
+        self._ask()
         self._last: dict[str, dict[str, float]] = {}
         self._row: dict[str, Any] = {}
 
@@ -135,7 +170,7 @@ class Record:
         if any(source.window for source in self.config.environments):
             row["outside"] = dict(loop.curriculum.outside)
         row["wall"] = round(time.monotonic() - self.began, 3)
-        row |= self._busy()
+        row |= self._busy(loop)
         self.sink.write("step", row)
         self.screen.step(row)
 
@@ -163,67 +198,64 @@ class Record:
     def checkpoint(self, loop: Loop) -> None:
         """Save the learner's state. The loop waits here: the state must be that of `loop.step`."""
         learner = self.parts.learner
-        checkpoint.write(
-            self.checkpoints,
-            loop.step,
-            lambda path: learner.ask("save", str(path), timeout=300),
-            keep=self.config.keep_checkpoints,
-        )
+        with loop.ledger.spend("checkpoint"):
+            checkpoint.write(
+                self.checkpoints,
+                loop.step,
+                lambda path: learner.ask("save", str(path), timeout=300),
+                keep=self.config.keep_checkpoints,
+            )
         self.journal.forget(checkpoint.steps(self.checkpoints)[0])
 
     # ------------------------------------------------------------------ ledger and end
 
-    def ledgers(self) -> dict[str, dict[str, float]]:
-        """Seconds by part and label. A part's labels sum to the run's wall clock (episodes: one clock per slot); "wait_start"
-        is what passed before the part was there."""
+    def _ask(self) -> dict[str, Any]:
+        """Let every part say where its time went; returns the engine's statistics."""
         stats = self.parts.stats()
-        found: dict[str, dict[str, float]] = {}
-        if "engine" in stats:
-            found["engine"] = {k: stats["engine"][k] for k in ("prefill", "decode", "swap", "score", "idle")}
-        workers = [v["seconds"] for k, v in stats.items() if k.startswith("worker")]
-        if workers:
-            found["episodes"] = merge(workers)
-        if "learner" in stats:
-            found["learner"] = stats["learner"]
-        for part, labels in found.items():
-            clocks = self.config.rollout.in_flight if part == "episodes" else 1
-            labels["wait_start"] = max(0.0, clocks * (time.monotonic() - self.began) - sum(labels.values()))
-        self.counts = {
-            k: stats.get("engine", {}).get(k, 0)
-            for k in (
-                "decoded_tokens",
-                "prefilled_tokens",
-                "reused_tokens",
-                "shared_tokens",
-                "swaps",
-                "swaps_in_flight",
+        for name, (said, when) in stats.items():
+            self.accounts["episodes" if name.startswith("worker") else name].tell(
+                name, said["seconds"], when, said.get("pid", 0)
             )
-        }
-        self.paces = stats.get("engine", {}).get("paces", [])
+        return stats["engine"][0] if "engine" in stats else {}
+
+    def ledgers(self, loop: Loop) -> dict[str, dict[str, float]]:
+        """Seconds by component and label. A component's labels sum to the run's wall clock (episodes: one clock per slot);
+        `wait_start` is what passed before it was there."""
+        self.counts = self._ask()
+        self.accounts["loop"].tell("loop", loop.ledger.snapshot(), time.monotonic())
+        found = {name: account.seconds() for name, account in self.accounts.items()}
+        found["episodes"] = relabel(found["episodes"], "idle", "wait_staleness", loop.vacant.read())
+        unproven = loop.stage.snapshot()["publish"] - found["learner"].get("publish", 0.0)
+        found["learner"] = relabel(found["learner"], "idle", "wait_publish", unproven)
         return found
 
-    def _busy(self) -> dict[str, float]:
-        now = self.ledgers()
+    @property
+    def unexplained(self) -> float:
+        """Largest share of any component's wall clock that has no label."""
+        return max(account.unexplained() for account in self.accounts.values())
+
+    def _busy(self, loop: Loop) -> dict[str, float]:
+        now = self.ledgers(loop)
         change = {
             part: {k: v - self._last.get(part, {}).get(k, 0.0) for k, v in labels.items()}
             for part, labels in now.items()
         }
         self._last = now
-        slots = self.config.rollout.in_flight
-        env = sum(change.get("episodes", {}).get(k, 0.0) for k in ("reset", "env"))
-        total = sum(change.get("episodes", {}).values())
+        env = change["episodes"].get("reset", 0.0) + change["episodes"].get("env", 0.0)
+        total = sum(change["episodes"].values())
         return {
-            "engine_busy": round(busy_share(change.get("engine", {})), 4),
-            "env_busy": round(env / total * slots, 4) if total else 0.0,
-            "learner_busy": round(busy_share(change.get("learner", {})), 4),
-            "decoded_tokens": int(self.counts["decoded_tokens"] + self.before.get("decoded_tokens", 0)),
+            "engine_busy": round(busy_share(change["engine"]), 4),
+            "env_busy": round(env / total * self.config.rollout.in_flight, 4) if total else 0.0,
+            "learner_busy": round(busy_share(change["learner"]), 4),
+            "unexplained": round(self.unexplained, 6),
+            "decoded_tokens": int(self.counts.get("decoded_tokens", 0) + self.before.get("decoded_tokens", 0)),
         }
 
     def finish(self, loop: Loop) -> str:
         """Export the model, write the report, and return the summary, whose last line names the bottleneck."""
         self.parts.learner.ask("export", str(self.directory / "model"), timeout=300)
         (self.directory / "model" / "tokenizer.json").write_bytes((self.config.model / "tokenizer.json").read_bytes())
-        ledgers = self.ledgers()
+        ledgers = self.ledgers(loop)
         steps = [r for r in read(self.directory / "metrics.jsonl") if r["kind"] == "step"]
         trained = sum(r["trajectories"] for r in steps)
         mixed = sum(round(r["mixed"] * r["trajectories"]) for r in steps)
@@ -232,6 +264,7 @@ class Record:
             f"engine and learner agreed within {max(r['parity'] for r in steps):.1e} nats after every publish (allowed 1e-4)",
             f"groups: {self.journal.counts()}; episodes lost to infrastructure: {loop.infra}",
             summary(ledgers),
+            f"labels miss the wall clock by {self.unexplained:.2%} at most",
             bottleneck(ledgers),
         ]
         text = "\n".join(lines)
@@ -241,8 +274,9 @@ class Record:
                 "step": loop.step,
                 "wall": round(time.monotonic() - self.began, 3),
                 "ledgers": ledgers,
-                "counts": self.counts,
-                "paces": self.paces,
+                "counts": {k: self.counts.get(k, 0) for k in COUNTS},
+                "paces": self.counts.get("paces", []),
+                "unexplained": round(self.unexplained, 6),
                 "summary": text,
             },
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from policy.renderer import Renderer
+from rl.ledger import is_idle
 from rl.metrics import GLOSSARY, read
 
 CHARTS = (
@@ -81,7 +82,7 @@ def _bars(ledgers: dict[str, dict[str, float]]) -> str:
     for part, labels in ledgers.items():
         total = sum(labels.values()) or 1.0
         cells = "".join(
-            f'<span style="width:{100 * s / total:.2f}%;background:{"#e5e7eb" if k.startswith(("idle", "wait")) else COLOURS[i % 4]}" title="{k} {s:.1f} s">{k if s / total > 0.07 else ""}</span>'
+            f'<span style="width:{100 * s / total:.2f}%;background:{"#e5e7eb" if is_idle(k) else COLOURS[i % 4]}" title="{k} {s:.1f} s">{k if s / total > 0.07 else ""}</span>'
             for i, (k, s) in enumerate(sorted(labels.items(), key=lambda kv: -kv[1]))
         )
         out.append(f"<div class='bar'><b>{part}</b><div>{cells}</div></div>")

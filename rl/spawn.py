@@ -4,14 +4,15 @@
     engine.call("publish", 3, weights)        → concurrent.futures.Future
     engine.ask("generate", ids, sampling, episode, timeout=60)   → the answer
 
-The parts are plain classes that know nothing of this. A part that died, or whose answer is late, is `InfraError`.
+The parts are plain classes that know nothing of this. A part that died, or whose answer is late, is `PartGone`.
+Parts that only work together (learner ranks) are one `JointHandle`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,19 +23,23 @@ from rl.config import ROOT
 Mode = Literal["ray", "threads"]
 
 
+class PartGone(InfraError):
+    """A part of the loop died, or its answer is late."""
+
+
 class Handle(Protocol):
     """A part of the loop, wherever it runs. Handles of Ray actors may be given to other actors."""
 
     name: str
 
     def call(self, method: str, *args: Any) -> Future[Any]:
-        """Start a method call; the future holds its answer, its exception, or `InfraError` if the part died."""
+        """Start a method call; the future holds its answer, its exception, or `PartGone`."""
 
     def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
         """Call and wait."""
 
     def kill(self) -> None:
-        """End the part's process at once, without asking it; its calls end in `InfraError`. Threads can't be killed."""
+        """End the part's process at once, without asking it; its calls end in `PartGone`. Threads can't be killed."""
 
     def stop(self) -> None:
         """End the part; running calls are lost."""
@@ -112,14 +117,71 @@ class RayHandle:
         self.kill()
 
 
+GRACE = 10.0
+"""Seconds that the other parts of a `JointHandle` have to answer when one of them failed."""
+
+
+class JointHandle:
+    """Parts that only work together, as one: every call goes to all of them, and the first part's answer is the answer.
+
+    When one fails, the others wait for it in vain: after `GRACE` all are killed, and the call ends in one error.
+    """
+
+    def __init__(self, name: str, parts: Sequence[Handle]) -> None:
+        self.name, self.parts = name, list(parts)
+        self._pool = ThreadPoolExecutor(16, thread_name_prefix=name)
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        """See `Handle.call`. Calls reach every part in the order in which they are made."""
+        calls = [part.call(method, *args) for part in self.parts]
+        return self._pool.submit(self._answer, calls)
+
+    def _answer(self, calls: list[Future[Any]]) -> Any:
+        done, others = wait(calls, return_when=FIRST_EXCEPTION)
+        if all(call.exception() is None for call in done):
+            return calls[0].result()
+        wait(others, timeout=GRACE)
+        errors = {p.name: c.exception() for p, c in zip(self.parts, calls, strict=True) if c.done() and c.exception()}
+        silent = [p.name for p, c in zip(self.parts, calls, strict=True) if not c.done()]
+        self.kill()
+        for kind in (InfraError, ValueError, AssertionError):  # what the others say follows from these
+            for error in errors.values():
+                if isinstance(error, kind):
+                    raise error
+        name, error = next(iter(errors.items()))
+        assert error is not None
+        if not silent:
+            raise error
+        said = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise PartGone(f"{' and '.join(silent)} did not answer within {GRACE:g} seconds after {name} failed: {said}")
+
+    def ask(self, method: str, *args: Any, timeout: float | None = None) -> Any:
+        """See `Handle.ask`."""
+        try:
+            return self.call(method, *args).result(timeout)
+        except FutureTimeout:
+            raise PartGone(f"{self.name} did not answer {method!r} within {timeout} seconds") from None
+
+    def kill(self) -> None:
+        """See `Handle.kill`."""
+        for part in self.parts:
+            part.kill()
+
+    def stop(self) -> None:
+        """All at once: leaving is a matter of all of them."""
+        with ThreadPoolExecutor(len(self.parts)) as pool:
+            list(pool.map(lambda part: part.stop(), self.parts))
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
 def _translate(name: str, error: BaseException) -> BaseException:
-    """Ray's wrappers → the exception that the part raised, or `InfraError` where the part itself is gone or late."""
+    """Ray's wrappers → the exception that the part raised, or `PartGone`."""
     import ray.exceptions as rx
 
     if isinstance(error, rx.RayTaskError):
         return error.cause if isinstance(error.cause, InfraError | ValueError | AssertionError) else error
     if isinstance(error, rx.RayActorError | rx.GetTimeoutError | FutureTimeout):
-        return InfraError(f"{name} is gone or late: {type(error).__name__}")
+        return PartGone(f"{name} is gone or late: {type(error).__name__}")
     return error
 
 

@@ -6,6 +6,7 @@ The whole run on one page: read the recipe, take the run directory, start the pa
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ if not __package__:  # run as a script: import from the repository root, not fro
     sys.path.append(str(Path.cwd()))  # --env.id=mymodule:MyEnv, from the folder that holds it
 
 from envs.errors import InfraError, user_errors
+from rl import metrics
 from rl.config import Config, dump, load
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ examples:
   python rl/train.py rl/recipes/tiny.toml
   python rl/train.py rl/recipes/tiny.toml --name=mine --steps=2 --learn.algorithm=grpo
   python rl/train.py rl/recipes/tiny.toml --resume              after Ctrl-C, or a crash
+  python rl/train.py rl/recipes/tiny.toml --deterministic=true --rollout.episodes=1 --learn.max_staleness=0   the same weights again
   python rl/train.py examples/curriculum.toml --envs.repairs.weight=2   two environments, a window of solve rates, a stage
   python rl/train.py rl/recipes/tiny.toml --spawn threads --workers 1   one episode at a time, breakpoint() works
 Every field of a recipe can be set as --section.key=value; `rl/config.py` documents each. Exit status: 0 trained,
@@ -87,12 +90,17 @@ def again(recipe: Path, overrides: list[str]) -> Config:
 
 
 def check(config: Config) -> None:
-    """Fail in one line, before any process starts, for what can be known here: envs, splits, tasks, backend, model."""
+    """Fail in one line, before any process starts, for what can be known here: envs, splits, tasks, backend, model,
+    settings, trackers."""
     from envs.registration import make
-    from policy.renderer import Renderer
     from rl.curriculum import curriculum
+    from rl.parts import check_model, engine_settings, learner_settings
 
-    Renderer(config.model)
+    check_model(config)
+    engine_settings(config)
+    learner_settings(config)
+    _check_learner(config)
+    metrics.check(config.track)
     curriculum(config)
     backends: set[str] = set()
     for source in config.environments:
@@ -108,8 +116,38 @@ def check(config: Config) -> None:
         print(f"sandboxes: {', '.join(sorted(backends))}", flush=True)
 
 
+def _check_learner(config: Config) -> None:
+    """The part of `check` that is about the learner's ranks."""
+    if config.learn.sequence_parallel > 1:
+        from rl.attention import check_heads
+
+        sizes = json.loads((config.model / "config.json").read_text())
+        check_heads(sizes["num_key_value_heads"], config.learn.sequence_parallel)
+    if config.learn.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError("learn.device='cuda', and torch sees no GPU here; take cpu, or a host that has one")
+
+
 def train(config: Config, *, resume: bool = False) -> str:
-    """One run, start to end; returns its summary. What it had finished survives any failure (`--resume`)."""
+    """One run, start to end; returns its summary. What it had finished survives any failure (`--resume`).
+
+    Raises `InfraError` for what the world did, a full disk included; `PartGone` where engine or learner died.
+    """
+    from rl.record import full_disk
+
+    try:
+        return _train(config, resume)
+    except (ValueError, InfraError):
+        raise
+    except Exception as error:
+        if (full := full_disk(error, config.directory)) is None:
+            raise
+        raise full from error
+
+
+def _train(config: Config, resume: bool) -> str:
     from rl import spawn
     from rl.curriculum import Exhausted
     from rl.loop import Loop
@@ -154,6 +192,21 @@ def restore(loop: Loop, parts: Parts, record: Record) -> None:
     print(f"resumed at step {record.surviving_step}: {record.journal.counts()}", flush=True)
 
 
+def persist(config: Config, *, resume: bool) -> str:
+    """`train`, which goes on from the last checkpoint where engine or learner died, up to `config.restarts` times."""
+    from rl.spawn import PartGone
+
+    for left in reversed(range(config.restarts + 1)):
+        try:
+            return train(config, resume=resume)
+        except PartGone as error:
+            if not left:
+                raise
+            print(f"{error}: on from the last checkpoint; this may happen {left - 1} times more", flush=True)
+            resume = (config.directory / "journal.sqlite").exists()
+    raise AssertionError("restarts is at least 0")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     config, args = configure(sys.argv[1:] if argv is None else argv)
@@ -165,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     check(config)
     print(f"run directory: {config.directory}", flush=True)
     try:
-        print(train(config, resume=args.resume), flush=True)
+        print(persist(config, resume=args.resume), flush=True)
     except InfraError as error:
         print(f"error: the run stopped: {error}; go on with --resume", file=sys.stderr)
         return 1

@@ -308,7 +308,7 @@ class Learner:
         if method == "step":
             self.version += 1
             rows: Sequence[Row] = args[0]
-            seconds = self.latencies.learn_step + self.latencies.learn * sum(sum(row.token_ids) for row in rows)
+            seconds = self.latencies.learn * sum(sum(row.token_ids) for row in rows)
             self._calls.append(("train", seconds, {}, future))
         elif method == "weights":
             self._calls.append(("publish", self.latencies.publish, (self.version, {}), future))
@@ -368,8 +368,8 @@ class Tally:
 
     vocabulary = 1 << 30
 
-    def __init__(self, parts: Parts, latencies: Latencies) -> None:
-        self.parts, self.latencies = parts, latencies
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
         self.journal = _NoJournal()
         self.walls: list[float] = []
         """When each batch was published and proven, seconds."""
@@ -377,9 +377,8 @@ class Tally:
         self.in_flight: list[int] = []
 
     def step(self, loop: Any, groups: Any, report: BatchReport, step: Any) -> None:
-        """A batch was trained. The loop's thread is busy for a while, everything else goes on."""
+        """A batch was trained."""
         self.reports.append(report)
-        self.parts.clock.until(self.parts.clock.now + self.latencies.batch)
 
     def parity(self, loop: Any, parity: float) -> None:
         """A publish is proven."""

@@ -49,14 +49,16 @@ class Order:
 
 
 class EnginePolicy:
-    """A policy whose answers come from an engine elsewhere."""
+    """One episode's policy, whose answers come from an engine elsewhere."""
 
-    def __init__(self, engine: Handle, timeout: float | None) -> None:
-        self.engine, self.timeout = engine, timeout
+    def __init__(self, engine: Handle, timeout: float | None, ledger: Ledger) -> None:
+        """`ledger` is the episode's: of the seconds that an answer took, those before its turn are `wait_turn`."""
+        self.engine, self.timeout, self.ledger = engine, timeout, ledger
 
     def generate(self, token_ids: Sequence[int], sampling: Sampling, episode: str) -> Completion:
         """See `policy.completion.Policy`."""
         answer: Completion = self.engine.ask("generate", token_ids, sampling, episode, timeout=self.timeout)
+        self.ledger.move("wait_policy", "wait_turn", answer.queued)
         return answer
 
     def release(self, episode: str) -> None:
@@ -67,13 +69,13 @@ class EnginePolicy:
 class RolloutWorker:
     """Plays orders. Thread-safe: every call of `play` is one episode with an environment of its own."""
 
-    LABELS = ("idle", "reset", "wait_policy", "env")
+    LABELS = ("idle", "reset", "wait_policy", "wait_turn", "env")
+    """Nothing to play; the environment begins; the engine answers, or has no place for the turn yet; the environment acts."""
 
     def __init__(self, config: Config, engine: Handle) -> None:
         self.config = config
         self.renderer = Renderer(config.model)
-        deadline = config.rollout.deadline if config.rollout.spawn == "ray" else None
-        self.policy = EnginePolicy(engine, deadline)
+        self.engine, self.deadline = engine, config.rollout.deadline if config.rollout.spawn == "ray" else None
         slots = 1 if config.rollout.spawn == "threads" else config.rollout.episodes
         self._ledgers = [Ledger(self.LABELS) for _ in range(slots)]
         self._free: queue.SimpleQueue[Ledger] = queue.SimpleQueue()
@@ -86,7 +88,6 @@ class RolloutWorker:
         """One episode. Never raises for the infrastructure."""
         config = self.config.staged[order.stage]
         source = config.sources[order.source]
-        env = make(source.id, **source.kwargs)
         sampling = Sampling(
             temperature=order.temperature,
             top_p=config.policy.top_p,
@@ -95,9 +96,10 @@ class RolloutWorker:
         )
         ledger = self._free.get()  # waits for a slot
         try:
+            ledger.switch("reset")
             return run_episode(
-                env,
-                self.policy,
+                make(source.id, **source.kwargs),
+                EnginePolicy(self.engine, self.deadline, ledger),
                 self.renderer,
                 sampling,
                 episode=order.episode,

@@ -97,4 +97,4 @@ def test_the_cwm_style_wraps_and_counts(renderer):
 def test_the_clock_hears_what_time_goes_into(renderer):
     heard = []
     play(renderer, "go on", "stop", clock=heard.append)
-    assert heard == ["reset", "wait_policy", "env", "wait_policy", "env"]
+    assert heard == ["reset", "wait_policy", "env", "wait_policy", "env", "env"]  # the last is the environment's end

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.stats import paired, pass_at_k, wilson
+from benchmarks.stats import ks, ks_critical, paired, pass_at_k, wilson
 from benchmarks.systems.base import row
 from benchmarks.systems.learning import distinct
 from envs.tiny import repairs
@@ -40,3 +40,11 @@ def test_evaluation_tasks_are_distinct_by_source():
     indices = distinct("validation", 200)
     sources = [repairs.task("validation", i).provenance["normalised"] for i in indices]
     assert len(set(sources)) == 200 and indices == sorted(indices)
+
+
+def test_ks_by_hand():
+    # distribution functions at 1, 2, 3, 4: 1/2, 3/4, 1, 1 and 0, 1/2, 1/2, 1
+    assert ks([1, 1, 2, 3], [2, 4]) == 0.5
+    assert ks([1, 2, 3], [3, 1, 2]) == 0.0 and ks([1, 1], [2]) == 1.0
+    # -ln(0.005) / 2 = 2.649159, its root 1.627624; times sqrt(4000 / 4e6)
+    assert ks_critical(2000, 2000) == pytest.approx(0.051470, abs=1e-6)

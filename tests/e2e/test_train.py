@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,8 +98,11 @@ def test_trajectories_are_exact_tokens(run):
 def test_parity_and_ledger_are_in_the_record(run):
     directory, _ = run
     assert all(0 <= r["parity"] <= 1e-4 for r in rows(directory, "step"))
+    first, second = (r["mismatch_kl"] for r in rows(directory, "step"))
+    assert abs(first) < 1e-6 < second, "the first batch is of the very weights that train on it, the second is older"
     (end,) = rows(directory, "end")
-    assert set(end["ledgers"]) == {"engine", "episodes", "learner"}
+    assert set(end["ledgers"]) == {"engine", "episodes", "learner", "loop"}
+    assert end["unexplained"] <= 0.01 and "labels miss the wall clock by 0." in end["summary"]
     for part, labels in end["ledgers"].items():
         assert sum(labels.values()) == pytest.approx(end["wall"] * (16 if part == "episodes" else 1), rel=0.02), part
         assert labels["wait_start"] < 0.9 * sum(labels.values())
@@ -175,12 +179,36 @@ def test_a_dead_rollout_worker_is_replaced(tmp_path):
     assert process.wait(200) == 0, log.read_text()[-3000:]
     last = rows(tmp_path / "tiny", "step")[-1]
     assert last["step"] == 8 and last["infra"] >= 1
+    (end,) = rows(tmp_path / "tiny", "end")
+    assert end["unexplained"] <= 0.01 and end["ledgers"]["episodes"]["lost"] > 0
     assert any(r["mixed"] > 0 for r in rows(tmp_path / "tiny", "step")), "no trajectory saw two versions"
     assert any(r["engine_busy"] + r["learner_busy"] > 1.05 for r in rows(tmp_path / "tiny", "step")), "no overlap"
     for path in (tmp_path / "tiny" / "trajectories").iterdir():
         for line in path.read_text().splitlines():
             trajectory = Trajectory.from_json(line)
             assert trajectory.outcome != "infra" or trajectory.reward is None
+
+
+@pytest.mark.slow
+def test_a_dead_learner_rank_ends_the_run_and_another_number_resumes_it(tmp_path):
+    log = tmp_path / "log"
+    ranks = ("--learn.ranks=2", "--checkpoint_every=1", "--eval.every=0")
+    with log.open("w") as handle:
+        process = subprocess.Popen(command("--steps=30", *ranks, runs=tmp_path), stdout=handle, stderr=handle)
+    wait_for(log, "step 2/30", process)
+    found = [pid for pid, _ in tree(process.pid) if "ray::LearnerPart" in command_line(pid)]
+    assert len(found) == 2
+    os.kill(found[-1], signal.SIGKILL)
+    assert process.wait(120) == 1, log.read_text()[-3000:]
+    assert re.search(
+        r"\nerror: the run stopped: learner-\d is gone or late: \w+; go on with --resume\n", log.read_text()
+    )
+    assert "Traceback" not in log.read_text()
+    assert not [pid for pid in found if command_line(pid)]
+    reached = max(r["step"] for r in rows(tmp_path / "tiny", "step"))
+    done = train(f"--steps={reached + 2}", "--learn.ranks=1", "--resume", runs=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(finished(tmp_path / "tiny")["trained"]) == 3 * (reached + 2)
 
 
 MISTAKES = {

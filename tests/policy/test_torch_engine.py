@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,6 +169,29 @@ def test_more_episodes_than_slots_wait_or_evict_and_stay_exact(old: CwmForCausal
                 held[name] = ids + completion.token_ids + [turn]
         stats = engine.stats()
     assert stats["evictions"] >= 15 and stats["episodes"] == 3
+
+
+def test_a_completion_says_how_long_it_had_no_slot(old: CwmForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, held, said = Decoder.step, [False], {}
+
+    def slow(*args: Any) -> Any:
+        if not held[0]:  # until the second waits; then for 0.2 s more
+            held[0] = engine.stats()["waiting"] == 1
+            time.sleep(0.2 if held[0] else 0.05)
+        return real(*args)
+
+    def ask(name: str, tokens: int) -> None:
+        said[name] = engine.generate(ids_of(1, 9), Sampling(max_tokens=tokens, seed=0), name)
+
+    def second() -> None:
+        until(lambda: engine.stats()["running"] == 1)
+        ask("second", 1)
+
+    monkeypatch.setattr(Decoder, "step", slow)
+    with TorchEngine(old, EngineConfig(slots=1, max_context=256)) as engine:
+        began = time.perf_counter()
+        together(lambda: ask("first", 40), second)
+    assert held[0] and 0.2 <= said["second"].queued <= time.perf_counter() - began
 
 
 def test_the_least_recently_used_idle_episode_is_evicted(old: CwmForCausalLM) -> None:

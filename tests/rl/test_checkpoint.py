@@ -44,12 +44,12 @@ def test_a_failing_fill_changes_nothing(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
-def test_left_overs_are_removed_and_a_step_can_be_written_again(tmp_path: Path) -> None:
+def test_left_overs_are_removed_and_a_step_is_written_once(tmp_path: Path) -> None:
     (tmp_path / ".tmp-step-000007").mkdir()
     (tmp_path / ".tmp-step-000007" / "half").write_text("x")
     checkpoint.write(tmp_path, 7, fill("x"))
     path = checkpoint.write(tmp_path, 7, fill("y"))
-    assert (path / "a.bin").read_bytes() == b"y" * 100
+    assert (path / "a.bin").read_bytes() == b"x" * 100
     assert [p.name for p in tmp_path.iterdir()] == ["step-000007"]
 
 

@@ -38,12 +38,23 @@ def test_overrides():
         ("rollout.group_size=1", r"group_size=1 is too small; give at least 2"),
         ("eval.tasks=0", r"eval.tasks=0 is too small"),
         ("learn.algorithm=grpoo", r"learn: algorithm='grpoo' is unknown; .*Did you mean 'grpo'"),
-        ("learn.algorithm=ppo", r"learn: algorithm='ppo' has baseline='critic', .* has no critic yet; take a preset"),
+        ("learn.critic_warmup_steps=5", r"learn.critic_warmup_steps=5: learn.algorithm='cwm' has no critic; leave"),
         ("learn.overrides.bound=clips", r"learn: algorithm 'cwm': bound='clips' is none of clip, clip_weight"),
         ("name=a/b", r"name='a/b' is no directory name"),
         ("steps", r"override 'steps' is not of the form"),
         ("admission.kv_tokens=700", r"kv_tokens=700 holds no episode of policy.max_context=768 tokens; raise it"),
         ("admission.load=2", r"admission.load=2.0 is a share of the turns"),
+        (
+            "format=2",
+            r"tiny.toml has format=2, this codeworld reads 1; run it with the codeworld that it was written for",
+        ),
+        ("restarts=-1", r"restarts=-1 is too small; give at least 0"),
+        (
+            "deterministic=true",
+            r"rollout.in_flight=96, learn.max_staleness=2 weights depend on time; give --rollout.wor",
+        ),
+        ("learn.ranks=0", r"learn.ranks=0 is too small; give at least 1"),
+        ("learn.sequence_parallel=2", r"learn.sequence_parallel=2 does not divide learn.ranks=1; give a divisor"),
         ("steps.x=1", r"'steps' is a value, not a section"),
     ],
 )
@@ -78,3 +89,14 @@ def test_staleness_is_the_recipes_or_the_presets():
 
 def test_the_laptop_run_keeps_32_episodes_in_flight():
     assert load(ROOT / "rl/recipes/tiny.toml").rollout.in_flight >= 32
+
+
+def test_threads_have_no_ranks():
+    with pytest.raises(ValueError, match=r"learn.ranks=2 are processes, and rollout.spawn='threads' has none; [^\n]*$"):
+        load(ROOT / "rl/recipes/tiny.toml", ["learn.ranks=2", "rollout.spawn=threads"])
+
+
+def test_ranks_shard_neither_a_critic_nor_adapters():
+    for change in ("learn.algorithm=ppo", "learn.lora_rank=4"):
+        with pytest.raises(ValueError, match=r"learn.ranks=2 shard neither adapters .* take one rank"):
+            load(ROOT / "rl/recipes/tiny.toml", ["learn.ranks=2", change])

@@ -70,14 +70,18 @@ def test_a_turn_waits_for_the_end_of_an_older_episode(small: Callable[..., Gate]
     gate.generate([1, 2], ask, "a")
     said = gate.generate([3, 4], ask, "b").token_ids
     with ThreadPoolExecutor(1) as pool:
+        asked = time.monotonic()
         waits = pool.submit(gate.generate, [7, 8], ask, "c")
         until(lambda: gate.budget.waiting == 1)
+        time.sleep(0.1)
         assert gate.load() == 1.0 and not waits.done()
         gate.generate([3, 4, *said, 5], ask, "b")
         assert gate.engine.stats()["reused_tokens"] == 3, "b's KV was not kept between its turns"
         assert not waits.done()
         gate.release("a")
-        assert waits.result(60).finish == "length" and gate.load() == 0.0
+        answer = waits.result(60)
+        assert answer.finish == "length" and gate.load() == 0.0
+        assert 0.1 <= answer.queued <= time.monotonic() - asked, "all of it waited for its turn"
 
 
 def test_a_cancelled_episode_gets_no_turn(small: Callable[..., Gate]) -> None:

@@ -229,10 +229,6 @@ def test_weights_are_copies_and_the_export_loads(model_dir: Path, tmp_path: Path
         ({"max_tokens": 10, "context": 20}, "learner.max_tokens=10 is less than learner.context=20"),
         ({"lr": 0.0}, "learner.lr=0.0 must be positive"),
         ({"overrides": {"clip": 1}}, "algorithm 'cwm': unknown key 'clip'; .* Did you mean 'clip_low'"),
-        (
-            {"algorithm": "ppo"},
-            "algorithm='ppo' has baseline='critic', and the learner has no critic yet; take a preset",
-        ),
     ],
 )
 def test_mistakes_are_named(settings: dict[str, object], message: str) -> None:

@@ -184,15 +184,27 @@ def arguments(tmp_path, *more):
         ('eval.splits=["valid"]', "split"),
         ("env.split=trian", "split"),
         ('env.kwargs.tasks="tiny-repair"', "tiny-repair"),
-        ("policy.model={torn}", "torn"),
+        ("policy.model={torn}", "torn/model.safetensors can't be read"),
+        ("policy.model={other}", "vocab_size=96, its tokenizer.json 629 tokens; give the tokenizer"),
+        ("policy.max_context=1025", "policy.max_context=1025 is more than the 1024 positions"),
+        ("learn.max_tokens=700", "max_tokens=700 is less than learner.context=768"),
+        ('env.kwargs.tasks="{empty}"', "empty' is empty; add at least one task"),
     ],
 )
-def test_what_can_not_be_run_leaves_nothing_behind(tmp_path, override, said):
-    shutil.copytree(ROOT / "policy/cwm_tiny", tmp_path / "torn")
-    (tmp_path / "torn/model.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match=said):
-        train.main(arguments(tmp_path, override.format(torn=tmp_path / "torn")))
-    assert not (tmp_path / "tiny").exists()
+def test_what_can_not_be_run_starts_nothing_and_leaves_nothing(tmp_path, monkeypatch, override, said):
+    for name in ("torn", "other"):
+        shutil.copytree(ROOT / "policy/cwm_tiny", tmp_path / name)
+    torn = tmp_path / "torn/model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-1])
+    other = json.loads((tmp_path / "other/config.json").read_text())
+    (tmp_path / "other/config.json").write_text(json.dumps(other | {"vocab_size": 96}))
+    (tmp_path / "empty/blobs").mkdir(parents=True)
+    (tmp_path / "empty/tasks.jsonl").touch()
+    monkeypatch.setattr("rl.spawn.start", lambda mode: pytest.fail("a part was started"))
+    paths = {name: tmp_path / name for name in ("torn", "other", "empty")}
+    with pytest.raises(ValueError, match=said) as error:
+        train.main(arguments(tmp_path, override.format(**paths)))
+    assert "\n" not in str(error.value) and not (tmp_path / "tiny").exists()
 
 
 def test_a_run_goes_on_with_its_own_recipe_and_counts_as_one(scripted, tmp_path, capsys):

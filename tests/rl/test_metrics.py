@@ -1,8 +1,14 @@
-"""Sinks: what a resumed run lost is gone from both."""
+"""Sinks get the same numbers, each of which is explained once; what a resumed run lost is gone."""
 
-from pathlib import Path
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
-from rl.metrics import GLOSSARY, Sink, read, truncate
+import pytest
+
+from rl import train
+from rl.config import ROOT, EnvConfig, EvalConfig
+from rl.metrics import GLOSSARY, Sink, check, read, truncate
 
 
 def test_steps_that_did_not_survive_are_in_neither_sink(tmp_path):
@@ -21,13 +27,78 @@ def test_steps_that_did_not_survive_are_in_neither_sink(tmp_path):
     assert [e.value for e in board.Scalars("step/stops/submitted")] == [1.0, 2.0, 3.0]
 
 
-def test_every_number_of_a_step_is_explained(tmp_path):
-    import json
-    import re
+def test_what_a_run_logs_is_the_glossary(tmp_path):
+    from benchmarks.systems import waits
 
-    from rl import record
+    waits.model(tmp_path / "model")
+    config = waits.config(tmp_path, groups=1, size=2, slots=2, steps=1, staleness=0)
+    learn = replace(config.learn, overrides={"correction": "truncate"})
+    sources = {"one": replace(config.env, window=(0.0, 1.0)), "two": config.env}
+    config = replace(
+        config, env=EnvConfig(), envs=sources, learn=learn, eval=EvalConfig(every=1, tasks=1), track=("tensorboard",)
+    )
+    train.train(config)
+    assert {key for row in read(config.directory / "metrics.jsonl") for key in row} == set(GLOSSARY)
 
-    source = Path(record.__file__).read_text()
-    named = set(re.findall(r'^ {12}"(\w+)":', source, re.M))
-    assert {"trajectories", "stops", "dropped", "infra"} <= named
-    assert named - {"split", "summary", "ledgers"} <= set(GLOSSARY), json.dumps(sorted(named - set(GLOSSARY)))
+
+class Standin(ModuleType):
+    """Stands in for the package: records what it is told."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.began, self.logged, self.axes, self.ended = [], [], [], 0
+
+    def init(self, **settings):
+        self.began.append(settings)
+        return SimpleNamespace(
+            log=self.logged.append,
+            define_metric=lambda name, step_metric: self.axes.append((name, step_metric)),
+            finish=self.end,
+        )
+
+    def end(self):
+        self.ended += 1
+
+
+def test_wandb_is_one_run_with_the_same_names_as_tensorboard(tmp_path, monkeypatch):
+    wandb = Standin()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    (tmp_path / "recipe.toml").write_text("[learn]\nlr = 0.5\n")
+    check(("wandb",))
+    for step in (1, 2):  # the second time as a resumed run
+        sink = Sink(tmp_path, ("wandb",))
+        sink.write("step", {"step": step, "reward": 0.5, "stops": {"submitted": 3}})
+        sink.write("eval", {"step": step, "split": "validation", "solve": 0.25})
+        sink.write("end", {"step": step, "summary": "done"})
+        sink.close()
+    first, second = wandb.began
+    assert first == second and first["resume"] == "allow" and first["project"] == "codeworld"
+    assert first["name"] == tmp_path.name and first["config"] == {"learn": {"lr": 0.5}} and len(first["id"]) == 8
+    assert wandb.logged[:2] == [
+        {"step/reward": 0.5, "step/stops/submitted": 3, "step": 1},
+        {"eval/validation/solve": 0.25, "step": 1},
+    ]
+    assert len(wandb.logged) == 4 and wandb.axes == [("*", "step")] * 2 and wandb.ended == 2
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_tracker_that_is_not_there_is_told_before_anything_starts(tmp_path, monkeypatch):
+    arguments = [str(ROOT / "rl/recipes/tiny.toml"), f"--runs={tmp_path}"]
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=r'^track has "wandb", which is not installed; pip install wandb, [^\n]*$'):
+        train.main([*arguments, '--track=["wandb"]'])
+    with pytest.raises(ValueError, match=r"track='wandbb' is unknown; known are tensorboard, wandb$"):
+        train.main([*arguments, '--track=["tensorboard", "wandbb"]'])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_login_is_one_line(tmp_path, monkeypatch):
+    wandb = Standin()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(wandb, "init", lambda **_: 1 / 0)
+    (tmp_path / "recipe.toml").touch()
+    with pytest.raises(
+        ValueError, match=r"^track: wandb does not start \(division by zero\); [^\n]*WANDB_MODE=offline$"
+    ):
+        Sink(tmp_path, ("wandb",))

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from envs.errors import InfraError
+from rl import spawn
 from rl.parts import await_start
+from rl.spawn import JointHandle
 
 
 def part(name: str, answer: Future[Any]) -> Any:
@@ -26,3 +28,56 @@ def test_what_a_constructor_raised_passes_through():
     broken.set_exception(ValueError("no such model"))
     with pytest.raises(ValueError, match="no such model"):
         await_start((part("engine", broken),))
+
+
+class Rank:
+    """A handle whose call ends as it is told: in an answer, an exception, or never (None)."""
+
+    def __init__(self, name: str, end: object):
+        self.name, self.end, self.killed = name, end, False
+
+    def call(self, method: str, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        if isinstance(self.end, BaseException):
+            future.set_exception(self.end)
+        elif self.end is not None:
+            future.set_result((self.end, method, args))
+        return future
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_ranks_answer_as_the_first():
+    ranks = [Rank("learner-0", "a"), Rank("learner-1", "b")]
+    assert JointHandle("learner", ranks).ask("step", 1, 2, timeout=10) == ("a", "step", (1, 2))
+    assert not any(r.killed for r in ranks)
+
+
+DEAD, SAID = (
+    InfraError("learner-1 is gone or late: ActorDiedError"),
+    RuntimeError("collective\nConnection closed by peer"),
+)
+
+
+@pytest.mark.parametrize(
+    ("ends", "kind", "message"),
+    [
+        ((SAID, DEAD), InfraError, "^learner-1 is gone or late: ActorDiedError$"),
+        ((None, DEAD), InfraError, "^learner-1 is gone or late: ActorDiedError$"),
+        (("a", SAID), RuntimeError, "Connection closed by peer$"),
+        ((SAID, None), InfraError, "^learner-1 did not answer within 0.05 seconds after learner-0 failed: Connection closed by peer$"),
+        ((ValueError("max_tokens=5"), ValueError("max_tokens=5")), ValueError, "^max_tokens=5$"),
+    ],
+)  # fmt: skip
+def test_when_one_rank_fails_all_end_and_the_cause_is_told(monkeypatch, ends, kind, message):
+    monkeypatch.setattr(spawn, "GRACE", 0.05)
+    ranks = [Rank(f"learner-{i}", end) for i, end in enumerate(ends)]
+    with pytest.raises(kind, match=message):
+        JointHandle("learner", ranks).ask("step", timeout=10)
+    assert all(r.killed for r in ranks)
+
+
+def test_a_late_answer_of_ranks_is_an_infra_error():
+    with pytest.raises(InfraError, match="^learner did not answer 'save' within 0.05 seconds$"):
+        JointHandle("learner", [Rank("learner-0", None)]).ask("save", timeout=0.05)

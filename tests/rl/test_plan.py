@@ -135,7 +135,8 @@ def test_computing_parts_share_the_cores() -> None:
     clock.computing = 2
     clock.work(1.0, lambda: done.append(clock.now))
     clock.wait(0.5, lambda: done.append(clock.now))
-    clock.until(10.0)
+    while clock.advance(10.0):
+        pass
     assert done == [0.5, 2.0] and (clock.now, clock.worked) == (10.0, 5.0)
 
 
@@ -188,6 +189,9 @@ def test_latencies_and_episodes_of_a_run(tmp_path: Path) -> None:
         book_of(tmp_path / "empty")
 
 
+SPLIT = ("--learn.dtype=bf16", "--learn.device=cuda", "--learn.ranks=4", "--learn.sequence_parallel=4")
+
+
 def run(*argv: str) -> dict:
     """The command's JSON."""
     at = argv.index("--json") + 1
@@ -206,7 +210,7 @@ def test_the_command_plans_a_recipe_from_a_run(tmp_path: Path, capsys: pytest.Ca
 def test_the_command_places_the_target_on_gpus(tmp_path: Path) -> None:
     """32 k tokens, four ranks a sequence: engines of two GPUs hold 15 episodes each, and the best split is the fastest."""
     fields = ["--policy.max_context=32768", "--learn.max_tokens=32768", "--policy.max_tokens=2048", "--rollout.episodes=64", "--learn.groups_per_step=4", "--steps=4", "--eval.every=0"]  # fmt: skip
-    found = run(RECIPE, "--model", "cwm-32b", "--gpus", "32", "--sequence-parallel", "4", "--checkpoint-activations", "--json", str(tmp_path / "p"), *fields)  # fmt: skip
+    found = run(RECIPE, "--model", "cwm-32b", "--gpus", "32", "--json", str(tmp_path / "p"), *fields, *SPLIT, "--learn.checkpoint_activations=true")  # fmt: skip
     at = found["placement"]
     assert at["tensor_parallel"] == 2 and at["engine"]["episodes"] == 19  # 2 x 69 - 65.2 = 72.8 GB, 3.76 each
     assert at["gpus"] <= 32 and at["layout"]["ranks"] >= 8
@@ -215,7 +219,7 @@ def test_the_command_places_the_target_on_gpus(tmp_path: Path) -> None:
 
 def test_a_context_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^learn.max_tokens=131072 needs .* GB of activations") as error:
-        command.main(["plan", RECIPE, "--model", "cwm-32b", "--gpus", "64", "--policy.max_context=131072", "--learn.max_tokens=131072", "--checkpoint-activations"])  # fmt: skip
+        command.main(["plan", RECIPE, "--model", "cwm-32b", "--gpus", "64", "--policy.max_context=131072", "--learn.max_tokens=131072", "--learn.dtype=bf16", "--learn.checkpoint_activations=true"])  # fmt: skip
     assert "set learn.sequence_parallel above 1" in str(error.value)
     with pytest.raises(ValueError, match="gpus=2 is too few: an engine takes 2, the learner 1; give at least 3"):
         command.main(["plan", RECIPE, "--model", "cwm-32b", "--gpus", "2", "--policy.max_context=32768", "--learn.max_tokens=32768"])  # fmt: skip

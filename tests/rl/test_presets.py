@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from agents.trajectory import Group, Segment, Trajectory
-from rl.advantages import PRESETS, Algorithm, algorithm, gae
+from rl.advantages import PRESETS, Algorithm, algorithm
 from rl.batch import microbatches, rows_of
+from rl.critic import valued
 from rl.losses import normaliser, policy_loss
 
 torch.set_num_threads(1)
@@ -86,18 +87,17 @@ def test_golden(name: str) -> None:
 
 
 def test_golden_ppo() -> None:
-    """The one preset with advantages per token; `algorithm` refuses it, as nothing gives the values."""
-    # Values 0.5 and 0.8 before the two tokens of the first: delta = 1 - 0.8 = 0.2 and 0 + 0.8 - 0.5 = 0.3,
-    # A = 0.2 and 0.3 + 0.95 * 0.2 = 0.49. The others: 0 - 0.2 = -0.2.
-    first, _ = gae([0, 1], [0.5, 0.8], [1, 1])
-    others, _ = gae([0], [0.2], [1])
-    assert [*first, *others] == pytest.approx([0.49, 0.2, -0.2])
-    # 1.2 * 0.49 + 1.1 * 0.2 - 7.7 * 0.2 = 0.588 + 0.22 - 1.54 = -0.732, over 5 tokens
-    row, logprobs, mask = PRESETS["ppo"], padded(LOGPROBS), (padded(RATIOS) > 0).float()
+    """The one preset with advantages per token, of the values that a critic gives."""
+    # Values 0.5 and 0.8 before the two tokens of the first: A = 1 - 0.5 and 1 - 0.8. The others: 0 - 0.2 = -0.2.
+    # Over 5 tokens: mean 0.1 / 5 = 0.02, variance (0.48^2 + 0.18^2 + 3 * 0.22^2) / 5 = 0.408 / 5 = 0.0816, std 0.2856571
+    # + 0.0001. 1.2 * 0.48 + 1.1 * 0.18 - 7.7 * 0.22 = 0.576 + 0.198 - 1.694 = -0.92
+    row = PRESETS["ppo"]
+    rows, report = rows_of([group()], row, 0)
+    values = [[0, 0.5, 0.8] if r.advantage else [0, 0.2] for r in rows]
+    (batch,) = microbatches(valued(rows, values, row), 100)
     divisor = normaliser(row, action_tokens=5, rows=4, trajectories=4, context=CONTEXT)
-    advantages, behaviour = padded([others, others, others, first]), logprobs - padded(RATIOS).log()
-    loss, _ = policy_loss(logprobs, behaviour, advantages, mask, row, divisor)
-    assert float(loss) == pytest.approx(0.732 / 5, rel=1e-5)
+    loss, _ = policy_loss(padded(LOGPROBS), batch.behaviour, batch.advantages, batch.mask, row, divisor)
+    assert float(loss) == pytest.approx(0.92 / 0.2857571 / 5, rel=1e-5) and report.kept == 4
 
 
 def trl_loss(batch: tuple[Tensor, ...], level: str = "token", **settings: Any) -> Tensor:

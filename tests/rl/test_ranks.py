@@ -1,0 +1,180 @@
+"""Learner ranks, as real processes over gloo: the weights, scores and checkpoints of one rank, from two and four."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from policy import models
+from rl.learner import Learner, LearnerConfig
+from rl.ranks import Place, whole
+from tests.rl.packs import mixed_model, on_ranks, some_rows
+
+torch.set_num_threads(1)
+ROWS = [r.token_ids for r in some_rows(9, 77)]
+
+
+def learner(place: Place, settings: dict[str, Any], dtype: torch.dtype = torch.float64) -> Learner:
+    config = {"context": 64, "max_tokens": 96, "lr": 1e-3, "minibatches": 2, "grad_clip": 0.05, **settings}
+    return Learner(LearnerConfig(**config), mixed_model().to(dtype), place)
+
+
+def full(x: Learner) -> dict[str, torch.Tensor]:
+    """Copies of the weights, gathered, in their own precision."""
+    return {name: whole(p).detach().clone() for name, p in x.model.named_parameters()}
+
+
+def some_steps(
+    place: Place, settings: dict[str, Any], steps: int, dtype: torch.dtype = torch.float64
+) -> dict[str, Any]:
+    """Weights, reports and scores after `steps` batches, of which the second holds a row that is not finite."""
+    x = learner(place, settings, dtype)
+    reports = []
+    for i in range(steps):
+        rows = some_rows(11, i)
+        if i == 1:
+            rows[3] = replace(rows[3], advantage=float("nan"))
+        reports.append(asdict(x.step(rows)))
+    return {
+        "weights": full(x),
+        "reports": reports,
+        "scores": x.score([*ROWS, [3], []]),
+        "published": {name: value.shape for name, value in x.weights().items()},
+    }
+
+
+def same(one: dict[str, Any], many: list[dict[str, Any]], tolerance: float) -> None:
+    """`tolerance`: elementwise where it is for fp64, else of the norm of the difference relative to that of the weights."""
+    for rank, other in enumerate(many):
+        for name, weight in one["weights"].items():
+            difference = other["weights"][name] - weight
+            error = difference.abs().max() if tolerance <= 1e-9 else difference.norm() / weight.norm()
+            assert error <= tolerance, (name, float(error))
+        for a, b in zip(one["reports"], other["reports"], strict=True):
+            assert a["metrics"] == pytest.approx(b["metrics"], abs=1e-4 if tolerance > 1e-9 else 1e-9)
+            for key in ("loss", "grad_norm"):
+                assert a[key] == pytest.approx(b[key], rel=1e-4 if tolerance > 1e-9 else 1e-9)
+            for key in ("version", "lr", "updates", "skipped", "tokens", "rows"):
+                assert a[key] == b[key]
+        for a, b in zip(one["scores"], other["scores"], strict=True):
+            assert a == pytest.approx(b, abs=1e-4 if tolerance > 1e-9 else 1e-9)
+        assert other["published"] == ({} if rank else one["published"])
+
+
+@pytest.mark.parametrize("sequence", [1, 2], ids=["apart", "together"])
+def test_two_ranks_train_like_one(sequence: int, tmp_path: Path) -> None:
+    """Packed, each with its packs or both with all; gradients are clipped, and one update in four is skipped on both."""
+    settings = {"packing": "packed", "algorithm": "dapo", "overrides": {"correction": "truncate"}}
+    one = some_steps(Place(), settings, 2)
+    assert [r["skipped"] for r in one["reports"]] == [0, 1] and one["reports"][0]["grad_norm"] > 0.05
+    same(one, on_ranks(2, some_steps, tmp_path / "two", settings, 2, sequence=sequence), 1e-9)
+
+
+def gradients(place: Place, settings: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient of one update."""
+    x = learner(place, {"minibatches": 1, "grad_clip": 1e9, **settings})
+    loss = x.step(some_rows(11)).loss
+    return loss, {name: whole(p.grad) for name, p in x.model.named_parameters()}  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("algorithm", ["cwm", "gspo"])
+def test_split_packs_have_the_gradient_of_whole_ones(algorithm: str, tmp_path: Path) -> None:
+    """Layers with and without a window; packs of lengths that two and four do not divide."""
+    settings = {"packing": "packed", "algorithm": algorithm, "checkpoint_activations": True}
+    loss, expected = gradients(Place(), {**settings, "checkpoint_activations": False})
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    for ranks, sequence in ((2, 2), (4, 4), (4, 2)):
+        for found, each in on_ranks(ranks, gradients, tmp_path / f"{ranks} {sequence}", settings, sequence=sequence):
+            assert found == pytest.approx(loss, abs=1e-9)
+            for name, gradient in expected.items():
+                assert (each[name] - gradient).abs().max() <= 1e-9, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("ranks", "sequence"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"algorithm": "cwm", "packing": "auto", "weight_decay": 0.1}, torch.float64),
+        ({"algorithm": "gspo", "packing": "packed", "overrides": {"clip_low": 0.2, "clip_high": 0.2}}, torch.float64),
+        ({"algorithm": "grpo", "packing": "packed"}, torch.float32),
+    ],
+    ids=["auto", "packed", "fp32"],
+)
+def test_any_number_of_ranks_gives_the_same_weights(
+    ranks: int, sequence: int, settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """After 5 batches of 2 updates; the budget leaves a rank of four without rows now and then."""
+    one = some_steps(Place(), settings, 5, dtype)
+    many = on_ranks(ranks, some_steps, tmp_path / "ranks", settings, 5, dtype, sequence=sequence, seconds=800)
+    same(one, many, 1e-9 if dtype is torch.float64 else 1e-6)
+
+
+def saved(place: Place, directory: Path, settings: dict[str, Any]) -> None:
+    """Two batches, then the state and the model."""
+    x = learner(place, settings)
+    for i in range(2):
+        x.step(some_rows(11, i))
+    x.save(directory / "state")
+    x.export(directory / "model")
+
+
+def resumed(place: Place, directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The state, and a third batch."""
+    x = learner(place, settings)
+    x.step(some_rows(11, 99))  # whatever it held is replaced
+    x.load(directory / "state")
+    report = asdict(x.step(some_rows(11, 2)))
+    return {"report": report, "weights": full(x)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_checkpoint_of_any_number_of_ranks_is_resumed_by_any(tmp_path: Path) -> None:
+    settings = {"warmup_steps": 20, "weight_decay": 0.1}
+    plain = learner(Place(), settings)
+    for i in range(2):
+        plain.step(some_rows(11, i))
+    exported = full(plain)
+    expected = asdict(plain.step(some_rows(11, 2)))
+    last = full(plain)
+    for count in (1, 2):
+        directory = tmp_path / f"by {count}"
+        directory.mkdir()
+        if count == 1:
+            saved(Place(), directory, settings)
+        else:
+            on_ranks(2, saved, tmp_path / "saving", directory, settings)
+        loaded = dict(models.load(directory / "model").named_parameters())
+        assert all(torch.allclose(loaded[name], value.float(), rtol=0, atol=0) for name, value in exported.items())
+        for other in (1, 2, 4):
+            where = (directory, settings)
+            found = (
+                [resumed(Place(), *where)]
+                if other == 1
+                else on_ranks(other, resumed, directory / f"to {other}", *where)
+            )
+            for key in ("version", "updates", "lr", "loss", "grad_norm"):
+                assert found[0]["report"][key] == pytest.approx(expected[key], rel=1e-9)
+            for name, value in last.items():
+                assert (found[0]["weights"][name] - value).abs().max() < 1e-9
+
+
+def halved(place: Place) -> tuple[list[list[float]], set[torch.dtype]]:
+    """Scores after a batch in bf16, and what the weights are kept in."""
+    x = learner(place, {"packing": "packed", "lr": 1e-4}, torch.float32)
+    x.step(some_rows(11))
+    return x.score(ROWS), {p.dtype for p in x.model.parameters()}
+
+
+@pytest.mark.slow
+def test_bf16_computes_in_it_and_keeps_fp32(tmp_path: Path) -> None:
+    one, kept = halved(Place())
+    for other, also in on_ranks(2, halved, tmp_path / "two", dtype="bf16"):
+        gaps = [abs(a - b) for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True)]
+        assert 1e-4 < max(gaps) < 0.5 and kept == also == {torch.float32}
