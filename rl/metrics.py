@@ -65,6 +65,8 @@ GLOSSARY: dict[str, str] = {
     "solve": "share of the evaluation's episodes with outcome resolved",
     "n": "episodes of the evaluation",
     "ledgers": "seconds by component (episodes: of all slots) and label since the run started; they sum to its wall clock",
+    "counts": "the engine's tokens, completions, steps and swaps since the run started",
+    "paces": "of the engine's decode steps: rows, how many had so many, their seconds",
     "summary": "the run's last words",
 }
 
