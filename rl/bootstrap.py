@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rl.config import Config, dump
+from rl.config import Config, dump, load
 
 Solved = dict[str, float]
 """Evaluation -> share of its tasks that a model resolved."""
@@ -44,7 +44,7 @@ def bootstrap(config: Config, rounds: int, epochs: float) -> list[tuple[str, Sol
             f"{rounds} rounds with {epochs:g} epochs of SFT are nothing to do; give 1 or more, and above 0"
         )
     home, sft = config.directory, WarmStart(epochs=epochs, seed=config.seed)
-    _same(home / "recipe.toml", f"# SFT: {epochs:g} epochs\n{dump(config)}")
+    _keep(home / "recipe.toml", config, f"# SFT: {epochs:g} epochs\n")
     table = [("start", _once(home / "start.json", partial(solve, config, config.model)))]
     model = config.model
     for number in range(1, rounds + 1):
@@ -64,11 +64,11 @@ def bootstrap(config: Config, rounds: int, epochs: float) -> list[tuple[str, Sol
     return table
 
 
-def _same(kept: Path, recipe: str) -> None:
-    if kept.is_file() and kept.read_text() != recipe:
-        raise ValueError(f"{kept.parent} holds rounds of another recipe; choose another --name, or remove it")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(recipe)
+def _keep(path: Path, config: Config, head: str) -> None:
+    if path.is_file() and not (path.read_text().startswith(head) and load(path) == config):
+        raise ValueError(f"{path.parent} holds rounds of another recipe; choose another --name, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(head + dump(config))
 
 
 def _once(path: Path, make: Callable[[], Any]) -> Any:

@@ -118,7 +118,7 @@ class Ranks(Alone):
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)  # gloo can't divide in passing
-        model.learner_forward = MethodType(forward, model)
+        model.learner_forward = MethodType(partial(_owned, forward), model)
         register_fsdp_forward_method(model, "learner_forward")
         return partial(_called, model)
 
@@ -139,6 +139,11 @@ class Ranks(Alone):
     def close(self) -> None:
         """See `Alone.close`."""
         dist.destroy_process_group()
+
+
+def _owned(forward: Callable[..., tuple[Tensor, ...]], model: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    """`forward` with results that are no views: FSDP2's hooks would be lost on those."""
+    return tuple(result.clone() for result in forward(model, *arguments))
 
 
 def _called(model: Any, *arguments: Any) -> Any:

@@ -180,15 +180,15 @@ class Mouth:
         """See `told`."""
         return told(self.seen, sequences)
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, Any]:
         """All time is idle."""
-        return self.ledger.snapshot()
+        return {"seconds": self.ledger.snapshot()}
 
 
 class Chain:
     """In place of the learner: its weights are the groups of each batch that it was trained on."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, rank: int = 0, rendezvous: str = "") -> None:
         self.seen: list[list[str]] = []
         self.ledger = Ledger(["idle", "train", "publish", "checkpoint"])
 
@@ -219,9 +219,9 @@ class Chain:
         """Nothing that could be read as a model."""
         Path(directory).mkdir(exist_ok=True)
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, Any]:
         """All time is idle."""
-        return self.ledger.snapshot()
+        return {"seconds": self.ledger.snapshot()}
 
 
 def seen_by(checkpoint: Path) -> list[list[str]]:

@@ -41,7 +41,7 @@ SPANS = {"statement": 120, "file": 60, "event": 40, "turn": 80}
 
 WALK = "benchmarks.systems.killing:Walk"
 WINDOW = (0.2, 0.8)
-RUNS = ((0, "wait", 1, None), (1, "wait", 2, None), (2, "wait", 3, None), (2, "drop", 2, WINDOW))
+RUNS = ((1, "wait", 2, None), (2, "drop", 2, WINDOW), (0, "wait", 1, None), (2, "wait", 3, None))
 """Staleness, what is done about late groups, steps between checkpoints, solve rates that are trained: of one run after the
 other."""
 

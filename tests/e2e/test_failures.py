@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -100,16 +101,18 @@ def test_a_run_goes_on_by_itself_when_engine_and_learner_die(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("part", ["Engine", "Learner"])
-def test_without_restarts_it_stops_in_one_line_and_is_resumed(tmp_path, part):
+@pytest.mark.parametrize(("part", "ranks"), [("engine", 1), ("learner", 1), ("learner", 2)])
+def test_without_restarts_it_stops_in_one_line_and_is_resumed(tmp_path, part, ranks):
     log = tmp_path / "log"
-    with begun(log, tmp_path, "--restarts=0") as process:
+    with begun(log, tmp_path, "--restarts=0", f"--learn.ranks={ranks}") as process:
         wait_for(log, "step 3/10", process)
-        kill(process, f"ray::{part}Part")
+        kill(process, f"ray::{part.capitalize()}Part")
         assert process.wait(600) == 1, log.read_text()[-3000:]
     text = log.read_text()
     assert "Traceback" not in text
-    assert f"error: the run stopped: {part.lower()} is gone or late: ActorDiedError; go on with --resume" in text
+    assert re.search(
+        rf"error: the run stopped: {part}(-\d)? is gone or late: ActorDiedError; go on with --resume", text
+    )
     done = subprocess.run(command(tmp_path, "--resume"), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and "resumed at step 2" in done.stdout, done.stderr[-3000:]
     whole(tmp_path / "tiny")

@@ -32,7 +32,7 @@ def test_what_a_run_logs_is_the_glossary(tmp_path):
 
     waits.model(tmp_path / "model")
     config = waits.config(tmp_path, groups=1, size=2, slots=2, steps=1, staleness=0)
-    learn = replace(config.learn, overrides={"correction": "truncate"})
+    learn = replace(config.learn, algorithm="ppo", overrides={"correction": "truncate"})  # logs most
     sources = {"one": replace(config.env, window=(0.0, 1.0)), "two": config.env}
     config = replace(
         config, env=EnvConfig(), envs=sources, learn=learn, eval=EvalConfig(every=1, tasks=1), track=("tensorboard",)
