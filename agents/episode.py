@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import gymnasium
@@ -48,9 +49,15 @@ def run_episode(
     Never raises `InfraError`; the environment is left closed.
     """
     trajectory, began = Trajectory(task_id=f"{seed}", sample=sample), time.monotonic()
+    marks: list[tuple[str, float]] = []
+
+    def mark(label: str) -> None:
+        marks.append((label, time.monotonic()))
+        clock(label)
+
     try:
         most = max_context or 1 << 30, max_turns or 1 << 30
-        _play(env, policy, renderer, sampling, trajectory, episode, seed, options or {}, style, most, clock)
+        _play(env, policy, renderer, sampling, trajectory, episode, seed, options or {}, style, most, mark)
     except InfraError as error:
         trajectory.reward, trajectory.outcome, trajectory.stop = None, "infra", "infra"
         trajectory.info["why"] = str(error)
@@ -58,7 +65,11 @@ def run_episode(
         clock("env")
         policy.release(episode)
         env.close()
-    trajectory.info["seconds"] = round(time.monotonic() - began, 4)
+    marks.append(("end", time.monotonic()))
+    spent = [(label, round(end - at, 4)) for (label, at), (_, end) in pairwise(marks)]
+    trajectory.info["boot_seconds"] = sum(s for label, s in spent if label == "reset")
+    trajectory.info["tool_seconds"] = [s for label, s in spent if label == "env"]
+    trajectory.info["seconds"] = round(marks[-1][1] - began, 4)
     return trajectory
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from envs.errors import check_output, user_errors
 
 SYSTEMS = (
-    *("admission", "attacker", "grading", "honesty", "learner", "learning", "loop", "resume"),
+    *("admission", "attacker", "grading", "honesty", "learner", "learning", "loop", "plan", "resume"),
     *("sandbox", "selfcheck", "soak", "staleness"),
 )
 EXAMPLE = """
@@ -25,6 +25,7 @@ examples:
   python -m benchmarks systems honesty --json honesty.json
   python -m benchmarks systems learner --json learner.json
   python -m benchmarks systems loop --json loop.json
+  python -m benchmarks systems plan --json plan.json
   python -m benchmarks systems selfcheck --backend native --json selfcheck.json
   python -m benchmarks systems soak --live 500 --episodes 200 --json soak.json
   python -m benchmarks systems resume --json resume.json

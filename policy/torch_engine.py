@@ -116,6 +116,7 @@ class TorchEngine:
         self._random = np.random.default_rng(self.config.seed)
         self._clock = Clock(("prefill", "decode", "swap", "score", "idle"), "idle")
         self._counts = dict.fromkeys(COUNTS, 0)
+        self._paces: dict[int, list[float]] = {}  # rows of a decode step -> steps, seconds
         self._thread = threading.Thread(target=self._loop, name="torch-engine", daemon=True)
         # A thread inside torch while the interpreter shuts down would abort the process.
         atexit.register(self.close)
@@ -202,6 +203,10 @@ class TorchEngine:
             "version": self._version,
         }
         return {**self._clock.read(), **self._counts, **now}
+
+    def paces(self) -> list[tuple[int, int, float]]:
+        """How fast it decodes: rows of a decode step, how many steps had so many, and their seconds."""
+        return [(rows, int(steps), seconds) for rows, (steps, seconds) in sorted(self._paces.copy().items())]
 
     def close(self) -> None:
         """End the thread; whoever still waits gets an InfraError. Safe to call twice."""
@@ -347,6 +352,7 @@ class TorchEngine:
     def _step(self) -> None:
         """One token for every running row."""
         self._clock.enter("decode")
+        began = time.perf_counter()
         slots = self._running
         requests = [slot.request for slot in slots if slot.request is not None]
         logits = self._decoder.step([s.pending for s in slots], [s.index for s in slots], [len(s.ids) for s in slots])
@@ -372,6 +378,8 @@ class TorchEngine:
                 done.append((slot, "length"))
         for slot, finish in done:
             self._finish(slot, finish)
+        pace = self._paces.setdefault(len(requests), [0, 0.0])
+        pace[0], pace[1] = pace[0] + 1, pace[1] + time.perf_counter() - began
 
     def _finish(self, slot: Slot[_Request], finish: Finish) -> None:
         request = slot.request

@@ -1,4 +1,4 @@
-"""`python -m rl (sft|bootstrap|rates)`: fine-tune on trajectories, repeat RL and SFT, measure solve rates of tasks."""
+"""`python -m rl (plan|sft|bootstrap|rates)`: foretell a run, fine-tune on trajectories, repeat RL and SFT, measure solve rates."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ examples:
   python -m rl sft --from runs/tiny --out runs/tiny/sft      rejection sampling: the run's resolved trajectories
   python -m rl bootstrap rl/recipes/tiny_bootstrap.toml --rounds 2      RL, rejection sampling, SFT; RL from there, ...
   python -m rl rates MY_RECIPE.toml --samples 8 --out rates.jsonl       for env.rates and env.window of a recipe
+  python -m rl plan rl/recipes/tiny.toml                                assumed latencies and episodes
+  python -m rl plan rl/recipes/tiny.toml --from runs/tiny --learn.max_staleness=0    a run's own, without overlap
+  python -m rl plan rl/recipes/tiny.toml --model cwm-32b --gpus 64 --policy.max_context=32768 --policy.max_tokens=4096 \\
+      --learn.max_tokens=32768 --learn.dtype=bf16 --learn.ranks=4 --learn.sequence_parallel=4 --rollout.episodes=256
 Fields of a recipe are set as --section.key=value. Exit status: 0 done, 1 stopped by a failure, 2 can't be run as asked.
 """
 
@@ -30,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = p.add_subparsers(dest="command", required=True)
     for name, what, options in (
+        ("plan", "placement, memory, speed and bottleneck of a run", _plan),
         ("sft", "supervised fine-tuning", _sft),
         ("bootstrap", "rounds of RL, rejection sampling and SFT; run it again to go on", _bootstrap),
         ("rates", "measure the solve rates of training tasks", _rates),
@@ -66,6 +71,12 @@ def _sft(sft: argparse.ArgumentParser) -> None:
     )
 
 
+def _plan(p: argparse.ArgumentParser) -> None:
+    from rl import plan
+
+    plan.options(p)
+
+
 def _bootstrap(p: argparse.ArgumentParser) -> None:
     p.add_argument("recipe", help="a TOML file; `steps` is the length of each round's RL, `eval.tasks` are held out")
     p.add_argument("--rounds", type=int, default=2, help="rounds in all (default: %(default)s)")
@@ -89,6 +100,11 @@ def main(argv: list[str] | None = None) -> int:
     from rl.train import changes, check
 
     config = load(args.recipe, changes(rest))
+    if args.command == "plan":
+        from rl import plan
+
+        check_output("--json", args.json)
+        return plan.run(args, config)
     if args.command == "rates":
         from rl.evaluate import measure
 

@@ -348,7 +348,8 @@ class Budget:
             if held.asked is None:
                 continue
             need = held.asked - held.tokens
-            younger = [n for n in reversed(names[at + 1 :]) if self._held[n].tokens and not self._held[n].running]
+            behind = names[at + 1 :] if need > free else []
+            younger = [n for n in reversed(behind) if self._held[n].tokens and not self._held[n].running]
             if need > free + sum(self._held[n].tokens for n in younger):
                 break  # and nobody behind it goes first
             for other in younger:

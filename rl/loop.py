@@ -50,6 +50,9 @@ PARITY = 1e-4
 LOST_ROUNDS = 2
 """So many times the episodes in flight may be lost to the infrastructure in a row; then the run stops."""
 
+Event = tuple[Callable[..., None], Any, Future[Any]]
+"""What handles the end of a call, what else it is told, and the call."""
+
 Scores = Sequence[Sequence[float]]
 """Log-probs of each token of some sequences."""
 
@@ -79,8 +82,17 @@ class _Evaluation:
 class Loop:
     """One run, from its first order to its last checkpoint."""
 
-    def __init__(self, config: Config, parts: Parts, record: Record) -> None:
-        self.config, self.parts, self.record = config, parts, record
+    def __init__(
+        self,
+        config: Config,
+        parts: Parts,
+        record: Record,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        inbox: queue.SimpleQueue[Event] | None = None,
+    ) -> None:
+        """`clock` gives seconds; `inbox` is where ends of calls are put, and where the loop waits. `rl/virtual.py` replaces both."""
+        self.config, self.parts, self.record, self.clock = config, parts, record, clock
         self.algorithm = config.learn.row()
         bound = Staleness(
             groups_per_batch=config.learn.groups_per_step,
@@ -90,7 +102,7 @@ class Loop:
         self.admission = Admission[Order](bound, config.admission, max_in_flight=config.rollout.in_flight)
         self.curriculum = curriculum(config)
         self.step = self.version = 0
-        self.inbox: queue.SimpleQueue[tuple[Callable[..., None], Any, Future[Any]]] = queue.SimpleQueue()
+        self.inbox = inbox or queue.SimpleQueue[Event]()
         self.open: dict[str, Group] = {}
         self.ready: dict[str, Group] = {}
         self.reissue: deque[Pick] = deque()
@@ -104,11 +116,10 @@ class Loop:
         self.evaluated: set[int] = set()
         self.probes: list[list[int]] = []
         self.deadline = config.rollout.deadline if config.rollout.spawn == "ray" else math.inf
-        self.ledger = Ledger(("work", "wait", "checkpoint"))  # of the thread that runs this
-        self.stage = Ledger(
-            ("wait", "train", "publish")
-        )  # of the learn stage: for a batch, of it, until its weights are proven
-        self.vacant = Area()  # episode slots that the staleness bound keeps empty
+        self.ledger = Ledger(("work", "wait", "checkpoint"), clock)  # of the thread that runs this
+        # Of the learn stage: for a batch, of it, until its weights are proven.
+        self.stage = Ledger(("wait", "train", "publish"), clock)
+        self.vacant = Area(clock)  # episode slots that the staleness bound keeps empty
 
     def resume(self, step: int) -> None:
         """Go on after `step`: finished groups are used, unfinished ones are played again under their old names."""
@@ -126,8 +137,8 @@ class Loop:
         """Train to `config.steps`. Raises what a part or the parity check raised; `record` can be resumed from."""
         self.evaluate()
         while self.step < self.config.steps or self.learning or self.evaluations:
-            self.feed()
             self.learn()
+            self.feed()  # behind `learn`: what is dropped as stale makes room
             self.expire()
             self.measure()
             self._handle()
@@ -213,7 +224,7 @@ class Loop:
         if not self.due:
             return
         future, (deadline, worker) = next(iter(self.due.items()))
-        if deadline >= time.monotonic():
+        if deadline >= self.clock():
             return
         if worker is None:
             raise PartGone(
@@ -227,7 +238,7 @@ class Loop:
 
     def measure(self) -> None:
         """Ask for the engine's load once per interval, where the number of episodes in flight depends on it."""
-        now, limits = time.monotonic(), self.config.admission
+        now, limits = self.clock(), self.config.admission
         if limits.adaptive and now - self.measured >= limits.interval:
             self.measured = now
             self._after(
@@ -237,7 +248,7 @@ class Loop:
     def _after(
         self, future: Future[Any], handler: Callable[..., None], context: Any = None, worker: Handle | None = None
     ) -> None:
-        self.due[future] = (time.monotonic() + self.deadline, worker)
+        self.due[future] = (self.clock() + self.deadline, worker)
         future.add_done_callback(lambda done: self.inbox.put((handler, context, done)))
 
     # ------------------------------------------------------------------ batch

@@ -29,7 +29,9 @@ GLOSSARY: dict[str, str] = {
     "live_groups": "share of groups with two different returns; only these carry a signal",
     "kept": "share of the batch's trajectories in the gradient",
     "turns": "mean turns of the batch's trajectories",
+    "tokens": "tokens of the rows in the gradient",
     "action_tokens": "sampled tokens in the gradient",
+    "train_seconds": "seconds that the learner took for the batch",
     "loss": "mean policy loss of the step's updates",
     "value_loss": "half the mean squared error of the critic at action tokens, clipped, mean of the step's updates",
     "explained_variance": "1 − Var(return − value) / Var(return) over action tokens, of values from before the step",
@@ -63,6 +65,8 @@ GLOSSARY: dict[str, str] = {
     "solve": "share of the evaluation's episodes with outcome resolved",
     "n": "episodes of the evaluation",
     "ledgers": "seconds by component (episodes: of all slots) and label since the run started; they sum to its wall clock",
+    "counts": "the engine's tokens, completions, steps and swaps since the run started",
+    "paces": "of the engine's decode steps: rows, how many had so many, their seconds",
     "summary": "the run's last words",
 }
 

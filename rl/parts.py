@@ -144,10 +144,11 @@ class EnginePart:
         return scores
 
     def stats(self) -> dict[str, Any]:
-        """`seconds` per label, and the counts of `TorchEngine.stats`; `parked`: episodes whose KV was given up for older ones."""
+        """`seconds` per label, the counts of `TorchEngine.stats`, and its `paces`; `parked`: episodes whose KV was given up for
+        older ones."""
         stats = self.engine.stats()
         seconds = {label: stats.pop(label) for label in ("prefill", "decode", "swap", "score", "idle")}
-        return {"seconds": seconds, **stats, "parked": self.gate.parked}
+        return {"seconds": seconds, **stats, "paces": self.engine.paces(), "parked": self.gate.parked}
 
     def close(self) -> None:
         """End the engine's thread, and all waiting."""

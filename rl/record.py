@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from envs.errors import InfraError
 from policy.renderer import Renderer
+from policy.torch_engine import COUNTS
 from rl import checkpoint
 from rl.batch import BatchReport
 from rl.config import Config, dump
@@ -142,7 +143,9 @@ class Record:
             "live_groups": report.live_groups / max(1, report.groups),
             "kept": report.kept / max(1, report.trajectories),
             "turns": report.turns,
+            "tokens": report.tokens,
             "action_tokens": report.action_tokens,
+            "train_seconds": round(step["wall_seconds"], 4),
             "loss": step["loss"],
             "grad_norm": step["grad_norm"],
             **metrics,
@@ -271,6 +274,8 @@ class Record:
                 "step": loop.step,
                 "wall": round(time.monotonic() - self.began, 3),
                 "ledgers": ledgers,
+                "counts": {k: self.counts.get(k, 0) for k in COUNTS},
+                "paces": self.counts.get("paces", []),
                 "unexplained": round(self.unexplained, 6),
                 "summary": text,
             },

@@ -54,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--workers", type=int, help="rollout workers; under --spawn threads each plays one episode at a time"
     )
-    p.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    p.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and its plan (`python -m rl plan`), and stop"
+    )
     return p
 
 
@@ -209,8 +211,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     config, args = configure(sys.argv[1:] if argv is None else argv)
     if args.dry_run:
-        print(dump(config), end="")
-        return 0
+        from rl import plan
+
+        print(dump(config))
+        return plan.dry_run(args.recipe, config)
     check(config)
     print(f"run directory: {config.directory}", flush=True)
     try:
