@@ -86,7 +86,7 @@ def speed(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any
     """Forecast from one run, then pairs of others."""
     first = real(args, "first", SYNC)
     latencies, book = from_run(args.out / "first")
-    cores = capacity()
+    cores = min(capacity(), os.cpu_count() or 1)
     print(f"cores: two that compute at once get {cores:.2f} times what one gets", flush=True)
     latencies = replace(latencies, cores=cores)
     took = {

@@ -81,6 +81,8 @@ def test_a_learner_rank_by_hand() -> None:
     assert (four.weights, four.gradients, four.moments) == (p, p, 2 * p)
     assert four.gathered == 2 * (2 * TINY.layer + 512 * 128 + 128)
     assert four.activations == activations(TINY, 500, checkpoint=True, number=2)
+    critic = learner(TINY, Layout(tokens=1000, critic=True))
+    assert (critic.weights, critic.moments, critic.activations) == (8 * p, 16 * p, alone.activations)
     lora = learner(TINY, Layout(tokens=1000, lora_rank=2))
     assert (lora.weights, lora.gradients, lora.moments) == (4 * (p + 20_480), 4 * 20_480, 8 * 20_480)
 

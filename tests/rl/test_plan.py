@@ -208,12 +208,15 @@ def test_the_command_plans_a_recipe_from_a_run(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_the_command_places_the_target_on_gpus(tmp_path: Path) -> None:
-    """32 k tokens, four ranks a sequence: engines of two GPUs hold 15 episodes each, and the best split is the fastest."""
+    """32 k tokens, four ranks a sequence: engines of two GPUs hold a group of eight, and the fastest split is taken, not the first
+    that fits."""
     fields = ["--policy.max_context=32768", "--learn.max_tokens=32768", "--policy.max_tokens=2048", "--rollout.episodes=64", "--learn.groups_per_step=4", "--steps=4", "--eval.every=0"]  # fmt: skip
-    found = run(RECIPE, "--model", "cwm-32b", "--gpus", "32", "--json", str(tmp_path / "p"), *fields, *SPLIT, "--learn.checkpoint_activations=true")  # fmt: skip
+    reads = ["--turn-tokens", "40", "--seen-tokens", "2000"]  # much is learnt of little that is sampled
+    found = run(RECIPE, "--model", "cwm-32b", "--gpus", "64", *reads, "--json", str(tmp_path / "p"), *fields, *SPLIT, "--learn.checkpoint_activations=true")  # fmt: skip
     at = found["placement"]
     assert at["tensor_parallel"] == 2 and at["engine"]["episodes"] == 19  # 2 x 69 - 65.2 = 72.8 GB, 3.76 each
-    assert at["gpus"] <= 32 and at["layout"]["ranks"] >= 8
+    assert at["gpus"] <= 64 and [other["ranks"] for other in found["others"]] == [16, 32]
+    assert at["layout"]["ranks"] == 32
     assert found["forecast"]["step_seconds"] == min(other["step_seconds"] for other in found["others"])
 
 
