@@ -35,14 +35,14 @@ def bootstrap(config: Config, rounds: int, epochs: float) -> list[tuple[str, Sol
     epochs: passes of each SFT over the resolved trajectories.
     Raises `ValueError` where the directory holds another recipe, or a round resolved nothing.
     """
-    from rl.evaluate import solve
-    from rl.sft import WarmStart, imitate
-    from rl.train import train
-
     if rounds < 1 or epochs <= 0:
         raise ValueError(
             f"{rounds} rounds with {epochs:g} epochs of SFT are nothing to do; give 1 or more, and above 0"
         )
+    from rl.evaluate import solve
+    from rl.sft import WarmStart, imitate
+    from rl.train import train
+
     home, sft = config.directory, WarmStart(epochs=epochs, seed=config.seed)
     _keep(home / "recipe.toml", config, f"# SFT: {epochs:g} epochs\n")
     table = [("start", _once(home / "start.json", partial(solve, config, config.model)))]

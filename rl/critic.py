@@ -107,6 +107,11 @@ class Critic:
         self.model, self.optimizer = model.train(), optimizer
         self.grad_clip, self.max_tokens = grad_clip, max_tokens
 
+    def _read(self, token_ids: Tensor) -> Tensor:
+        """[B, T] ids → [B, T] values, on the CPU wherever the model is."""
+        values: Tensor = self.model(token_ids.to(self.model.head.weight.device)).cpu()
+        return values
+
     @torch.no_grad()
     def values(self, rows: Sequence[Row]) -> list[list[float]]:
         """For each row a list of its length: the value before each token; 0.0 for the first."""
@@ -116,7 +121,7 @@ class Critic:
             width = len(found[waiting[-1]])
             waiting, bunch = waiting[: -max(1, self.max_tokens // width)], waiting[-max(1, self.max_tokens // width) :]
             ids = [torch.tensor(list(rows[i].token_ids)) for i in bunch]
-            table = self.model(pad_sequence(ids, batch_first=True)).tolist()
+            table = self._read(pad_sequence(ids, batch_first=True)).tolist()
             for i, line in zip(bunch, table, strict=True):
                 found[i][1:] = line[: len(found[i]) - 1]
         return found
@@ -130,7 +135,7 @@ class Critic:
         self.optimizer.zero_grad(set_to_none=True)
         for b in batches:
             assert b.values is not None and b.returns is not None, "rows without values: see `valued`"
-            loss = value_loss(self.model(b.token_ids), b.values, b.returns, b.mask, clip, tokens)
+            loss = value_loss(self._read(b.token_ids), b.values, b.returns, b.mask, clip, tokens)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)

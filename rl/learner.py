@@ -159,7 +159,7 @@ class Learner:
         self.algorithm = config.row()
         assert place.ranks == 1 or not (config.lora_rank or self.algorithm.baseline == "critic"), "see `rl.config`"
         self.source = model
-        self.model = self._start()
+        self.model = self._start(self._base() if isinstance(model, str | Path) else model)
         packed = config.packing == "packed" or (config.packing == "auto" and (place.varlen or place.sequence > 1))
         assert packed or place.sequence == 1, "padded rows can't be split"
         self.sharing = place.sharing(packed=packed, pair_cost=_pair_cost(self.model))
@@ -176,9 +176,8 @@ class Learner:
         self.version = 0
         self.updates = 0
 
-    def _start(self) -> Any:
-        """The model that the run begins with, its base frozen where there are adapters."""
-        model = self._base() if isinstance(self.source, str | Path) else self.source
+    def _start(self, model: PreTrainedModel) -> Any:
+        """A model ready to be trained, its base frozen where there are adapters."""
         if self.config.lora_rank:
             lora.attach(model, self.config.lora_rank, self.config.lora_alpha, self.config.seed)
         return model.train()
@@ -188,7 +187,7 @@ class Learner:
         return models.load(Path(self.source))
 
     def _critic(self) -> Critic:
-        config, model = self.config, ValueModel(self._base())
+        config, model = self.config, ValueModel(self._start(self._base())).to(self.ranks.device)
         optimizer = _optimizer(model, replace(config, lr=config.critic_lr or config.lr))
         return Critic(model, optimizer, grad_clip=config.grad_clip, max_tokens=config.max_tokens)
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import InfraError
@@ -218,9 +217,11 @@ class LearnerPart:
         self.learner.ranks.close()
 
 
-def start_learner(config: Config, directory: str) -> Handle:
-    """Start the learner: an actor per rank, which find one another through a file in `directory`."""
-    mode, ranks, rendezvous = config.rollout.spawn, config.learn.ranks, f"{directory}/rendezvous"
+def start_learner(config: Config) -> Handle:
+    """Start the learner: an actor per rank, which find one another through a file in the run directory."""
+    mode, ranks, meeting = config.rollout.spawn, config.learn.ranks, config.directory / "rendezvous"
+    meeting.unlink(missing_ok=True)  # a killed run's
+    rendezvous = str(meeting)
     if ranks == 1:
         return spawn(LearnerPart, config, 0, rendezvous, mode=mode, name="learner")
     parts = [spawn(LearnerPart, config, rank, rendezvous, mode=mode, name=f"learner-{rank}") for rank in range(ranks)]
@@ -270,8 +271,7 @@ class Parts:
         """Start everything; errors as `await_start`."""
         self.config, mode, episodes = config, config.rollout.spawn, config.rollout.in_flight
         self.engine: Handle = spawn(EnginePart, config, mode=mode, name="engine", concurrency=episodes + 8)
-        self.meeting = TemporaryDirectory(prefix="codeworld-ranks-")
-        self.learner = start_learner(config, self.meeting.name)
+        self.learner = start_learner(config)
         self.workers = [start_worker(config, self.engine, i) for i in range(config.rollout.workers)]
         await_start((self.engine, self.learner, *self.workers))
 
@@ -302,4 +302,4 @@ class Parts:
                 part.stop()
             except Exception:
                 continue
-        self.meeting.cleanup()
+        (self.config.directory / "rendezvous").unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal, Protocol
 
 from envs.errors import InfraError
@@ -129,12 +130,22 @@ class JointHandle:
 
     def __init__(self, name: str, parts: Sequence[Handle]) -> None:
         self.name, self.parts = name, list(parts)
-        self._pool = ThreadPoolExecutor(16, thread_name_prefix=name)
 
     def call(self, method: str, *args: Any) -> Future[Any]:
         """See `Handle.call`. Calls reach every part in the order in which they are made."""
         calls = [part.call(method, *args) for part in self.parts]
-        return self._pool.submit(self._answer, calls)
+        answer: Future[Any] = Future()
+
+        def settle() -> None:
+            try:
+                answer.set_result(self._answer(calls))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        Thread(
+            target=settle, name=f"{self.name} {method}", daemon=True
+        ).start()  # the process may end without the answer
+        return answer
 
     def _answer(self, calls: list[Future[Any]]) -> Any:
         done, others = wait(calls, return_when=FIRST_EXCEPTION)
@@ -171,7 +182,6 @@ class JointHandle:
         """All at once: leaving is a matter of all of them."""
         with ThreadPoolExecutor(len(self.parts)) as pool:
             list(pool.map(lambda part: part.stop(), self.parts))
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _translate(name: str, error: BaseException) -> BaseException:

@@ -17,6 +17,7 @@ import threading
 import traceback
 import zlib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from policy.completion import Completion, Sampling, digest
 from policy.renderer import Renderer
 from rl import journal, loop, parts, record
 from rl.config import Config
+from rl.learner import StepReport
 from rl.ledger import Ledger
 from rl.train import train
 
@@ -195,7 +197,7 @@ class Chain:
     def step(self, rows: Any) -> dict[str, Any]:
         """One batch more."""
         self.seen.append(sorted({row.trajectory.rpartition("/")[0] for row in rows}))
-        return {"version": len(self.seen), "loss": 0.0, "grad_norm": 0.0, "metrics": {}}
+        return asdict(StepReport(version=len(self.seen)))
 
     def weights(self) -> tuple[int, dict[str, Any]]:
         """Version and a copy."""

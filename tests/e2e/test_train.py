@@ -192,7 +192,7 @@ def test_a_dead_rollout_worker_is_replaced(tmp_path):
 @pytest.mark.slow
 def test_a_dead_learner_rank_ends_the_run_and_another_number_resumes_it(tmp_path):
     log = tmp_path / "log"
-    ranks = ("--learn.ranks=2", "--checkpoint_every=1", "--eval.every=0")
+    ranks = ("--learn.ranks=2", "--restarts=0", "--checkpoint_every=1", "--eval.every=0")
     with log.open("w") as handle:
         process = subprocess.Popen(command("--steps=30", *ranks, runs=tmp_path), stdout=handle, stderr=handle)
     wait_for(log, "step 2/30", process)

@@ -171,6 +171,14 @@ def test_the_base_is_frozen_and_only_adapters_travel(model_dir: Path) -> None:
 
 
 @needs_peft
+def test_a_critic_has_adapters_too(model_dir: Path) -> None:
+    x = learner(model_dir, algorithm="ppo")
+    assert x.critic is not None
+    trained = {name for name, p in x.critic.model.named_parameters() if p.requires_grad}
+    assert {n for n in trained if "lora_" not in n} == {"head.weight", "head.bias"} and len(trained) == 2 + 2 * 2 * 7
+
+
+@needs_peft
 def test_seeds_begin_adapters(model_dir: Path) -> None:
     before = torch.get_rng_state()
     a, b, c = (learner(model_dir, seed=seed).weights() for seed in (1, 1, 2))
