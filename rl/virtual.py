@@ -34,7 +34,7 @@ from rl.worker import Order
 
 
 @dataclass(eq=False)
-class _Turn:
+class Asked:
     """A turn that an engine was asked for."""
 
     episode: str
@@ -57,16 +57,16 @@ class Replica:
         self.version = self.episodes = 0
         self.ledger = Ledger(self.LABELS, clock)
         self._held: dict[str, int] = {}
-        self._places: dict[str, _Turn] = {}
+        self._places: dict[str, Asked] = {}
         self._chores: deque[tuple[float, Do]] = deque()
-        self._prompts: deque[_Turn] = deque()
-        self._running: list[tuple[float, int, _Turn]] = []  # by the token, of the stream, that ends it
+        self._prompts: deque[Asked] = deque()
+        self._running: list[tuple[float, int, Asked]] = []  # by the token, of the stream, that ends it
         self._stream = 0.0  # tokens that a turn would have that always ran
         self._since: float | None = None  # work clock at which this stretch of decoding began
         self._order = count()
         self._alone = False  # a chore or a prefill is under way
 
-    def ask(self, turn: _Turn) -> None:
+    def ask(self, turn: Asked) -> None:
         """An episode wants a turn."""
         most = min(turn.context + self.most, int(min(self.budget.tokens, 1 << 60)))
         self.budget.ask(turn.episode, max(most, turn.context + turn.said))
@@ -149,7 +149,7 @@ class Replica:
         self.clock.computing += 1
         self.clock.work(seconds, done)
 
-    def _begin(self, turn: _Turn) -> None:
+    def _begin(self, turn: Asked) -> None:
         turn.versions.append(self.version)
         heapq.heappush(self._running, (self._stream + turn.said, next(self._order), turn))
 
@@ -178,7 +178,7 @@ class Engine:
         self.cancelled: set[str] = set()
         self._home: dict[str, Replica] = {}
 
-    def ask(self, turn: _Turn) -> None:
+    def ask(self, turn: Asked) -> None:
         """See `Replica.ask`."""
         home = self._home.get(turn.episode)
         if home is None:
@@ -262,7 +262,7 @@ class _Play:
         self._note(seen, [-1])
         self.context += seen
         self.asked = self.clock.now
-        self.worker.engine.ask(_Turn(self.name, self.context, said, self._answered))
+        self.worker.engine.ask(Asked(self.name, self.context, said, self._answered))
 
     def _answered(self, versions: list[int]) -> None:
         _, said, tool = self.played.turns[self.at]

@@ -10,10 +10,12 @@ import pytest
 from agents.trajectory import Segment, Trajectory
 from rl import __main__ as command
 from rl import plan, train
+from rl.admission import Budget
 from rl.clock import Clock
 from rl.config import ROOT, Config, load
 from rl.latencies import Book, Latencies, Played, Turn, Workload, book_of, from_run, line, mean_context
 from rl.plan import Forecast, simulate
+from rl.virtual import Asked, Replica
 
 RECIPE = str(ROOT / "rl/recipes/tiny.toml")
 SLOW = Latencies(decode=0.1, prefill=0.01, learn=0.1, publish=0.4, swap=0.1)
@@ -115,12 +117,33 @@ def test_a_kv_budget_of_one_episode_makes_them_go_one_by_one() -> None:
 
 
 def test_parked_episodes_are_prefilled_again() -> None:
-    """Two episodes of two turns and KV for one and a half: the younger is parked, and reads its 15 tokens again."""
+    """Two episodes of 30 tokens, KV for 40: as the older one's second turn wants 15 more, the younger, at its tools, is parked.
+    It waits for the older one's end at 4.3 s, reads 25 tokens instead of 10, and ends at 4.3 + 0.25 + 0.5 + 1; 6 s of learning
+    and a publish of 0.5 follow."""
     two = config("rollout.workers=2", "policy.max_tokens=5")
     played = book(Turn(10, 5, 1.0), Turn(10, 5, 1.0))
-    wide, tight = (simulate(two, SLOW, played, kv_tokens=kv) for kv in (1e9, 45))
-    assert tight.step_seconds > wide.step_seconds
-    assert tight.busy["engine"] * tight.step_seconds > wide.busy["engine"] * wide.step_seconds + 0.1
+    wide, tight = (simulate(two, SLOW, played, kv_tokens=kv).step_seconds for kv in (1e9, 40))
+    assert wide == pytest.approx(1 + 2 * (0.2 + 0.5 + 1) + 6.5)
+    assert tight == pytest.approx(6.05 + 6.5)
+
+
+def test_the_age_of_a_turn_is_that_of_its_first_token() -> None:
+    """Episodes of 10 s, 11 s of learning, one version of slack: a group takes 20 s, and its second half is under way when
+    the batch before is published. So every batch but the first has tokens one version old in each episode."""
+    row = Latencies(decode=1.0, learn=0.5)
+    found = simulate(config("learn.max_staleness=1"), row, book(Turn(1, 10, 0.0), boot=0.0))
+    assert (found.step_seconds, found.staleness_mean) == (pytest.approx(20.0), pytest.approx(7 / 8))
+
+
+def test_a_turn_under_way_goes_on_with_new_weights() -> None:
+    clock, told = Clock(), list[int]()
+    replica = Replica(clock, Latencies(decode=1.0, learn=1.0), Budget(100), 10)
+    replica.ask(Asked("a", 1, 10, told.extend))
+    clock.wait(4.0, lambda: replica.chore(0.5, lambda: replica.swap(3)))
+    while clock.advance():
+        pass
+    assert told == [0, 3] and clock.now == pytest.approx(10.5)
+    assert replica.ledger.snapshot() == pytest.approx({"idle": 0.0, "prefill": 0.0, "decode": 10.0, "swap": 0.5})
 
 
 def test_two_replicas_halve_what_the_engine_takes() -> None:
