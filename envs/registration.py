@@ -18,6 +18,7 @@ from envs.errors import nearest
 BUILT_IN = {
     "codeworld/SWE-v0": "envs.swe.env:SWEEnv",
     "codeworld/SWE-testgen-v0": "envs.swe.testgen:SWETestgenEnv",
+    "codeworld/TokenBandit-v0": "envs.tiny.bandit:TokenBandit",
 }
 
 

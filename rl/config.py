@@ -89,6 +89,8 @@ class PolicyConfig:
     """Recompute the KV of running episodes at a publish instead of keeping it."""
     threads: int = 1
     """Torch threads of the engine."""
+    replicas: int = 1
+    """Engines. An episode stays with one of them; one that dies is started again while the others go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,9 @@ class RolloutConfig:
 
     spawn: Literal["ray", "threads"] = "ray"
     """Ray actors, or threads of this process (debuggers work in them)."""
+    address: str = ""
+    """Ray cluster to run on ("auto": the one of this host); left out: a Ray of this run alone. Nodes for rollout workers say
+    `ray start --resources='{"sandbox": 8}'`, nodes without GPUs for engines or learner `"engine"` or `"learner"` likewise."""
     workers: int = 1
     """Rollout workers: processes under ray, threads under threads."""
     episodes: int = 48
@@ -244,6 +249,7 @@ class Config:
         for name, value, least in (
             ("steps", self.steps, 1),
             ("checkpoint_every", self.checkpoint_every, 1),
+            ("policy.replicas", self.policy.replicas, 1),
             ("rollout.workers", self.rollout.workers, 1),
             ("rollout.episodes", self.rollout.episodes, 1),
             ("rollout.group_size", self.rollout.group_size, 2),
@@ -289,6 +295,10 @@ class Config:
         if self.learn.ranks > 1 and self.rollout.spawn == "threads":
             raise ValueError(
                 f"learn.ranks={self.learn.ranks} are processes, and rollout.spawn='threads' has none; take ray, or one rank"
+            )
+        if self.rollout.address and self.rollout.spawn == "threads":
+            raise ValueError(
+                f"rollout.address={self.rollout.address!r} is a Ray cluster, and rollout.spawn='threads' uses none; leave one out"
             )
         if "/" in self.name or self.name in ("", ".", ".."):
             raise ValueError(f"name={self.name!r} is no directory name; use letters, digits, - and _")

@@ -15,8 +15,7 @@ from envs.errors import nearest
 from envs.registration import make
 from rl import spawn as spawning
 from rl.config import Config
-from rl.parts import EnginePart, await_start, start_worker
-from rl.spawn import Handle, spawn
+from rl.parts import await_start, start_engines, start_worker
 from rl.worker import Order
 
 
@@ -28,9 +27,9 @@ class Player:
         `rl.parts.await_start`."""
         if model is not None:
             config = replace(config, policy=replace(config.policy, model=str(model)))
-        self.config, mode = config, config.rollout.spawn
+        self.config = config
         self.episodes = min(config.rollout.in_flight, config.admission.sandboxes or config.rollout.in_flight)
-        self.engine: Handle = spawn(EnginePart, config, mode=mode, name="engine", concurrency=self.episodes + 8)
+        self.engine = start_engines(config)
         self.workers = [start_worker(config, self.engine, i) for i in range(config.rollout.workers)]
         await_start((self.engine, *self.workers))
 
@@ -83,7 +82,7 @@ def orders(
 
 def play(config: Config, model: Path | None, work: Sequence[Order]) -> list[Trajectory]:
     """Start a `Player`, let it play, and take it down."""
-    spawning.start(config.rollout.spawn)
+    spawning.start(config.rollout.spawn, config.rollout.address)
     player = None
     try:
         player = Player(config, model)

@@ -58,8 +58,14 @@ Scores = Sequence[Sequence[float]]
 
 
 def parity_of(engine: Scores, learner: Scores, version: int) -> float:
-    """Largest difference, nats. `InfraError` above `PARITY`, or where one is no number: nothing after it could be trusted."""
-    gaps = [abs(a - b) for mine, theirs in zip(engine, learner, strict=True) for a, b in zip(mine, theirs, strict=True)]
+    """Largest difference, nats. `InfraError` above `PARITY`, or where one is no number: nothing after it could be trusted.
+
+    engine: scores of each replica, one behind the other.
+    """
+    expected = [*learner] * (len(engine) // max(1, len(learner)))
+    gaps = [
+        abs(a - b) for mine, theirs in zip(engine, expected, strict=True) for a, b in zip(mine, theirs, strict=True)
+    ]
     if not all(gap <= PARITY for gap in gaps):
         worst = math.nan if any(map(math.isnan, gaps)) else max(gaps)
         raise InfraError(

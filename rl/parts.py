@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from envs.errors import InfraError
 from policy.renderer import Renderer
 from rl.admission import Budget
 from rl.config import Config
 from rl.gate import Gate
-from rl.spawn import Handle, JointHandle, spawn
+from rl.replicas import Replicas
+from rl.spawn import Handle, JointHandle, Place, spawn
 from rl.worker import RolloutWorker
 
 if TYPE_CHECKING:
@@ -217,22 +218,61 @@ class LearnerPart:
         self.learner.ranks.close()
 
 
+def place_of(config: Config, part: Literal["engine", "learner", "sandbox"]) -> Place:
+    """Where a part may run. On a cluster, rollout workers take one `sandbox` of a node, so that GPU nodes need neither Docker nor
+    privileges; engine and learner take GPUs where they compute on them, else one `engine` or `learner`."""
+    gpus = part == "learner" and config.learn.device == "cuda"
+    if not config.rollout.address or config.rollout.spawn == "threads":
+        return Place()
+    return Place(gpus=1) if gpus else Place(resource=part)
+
+
 def start_learner(config: Config) -> Handle:
     """Start the learner: an actor per rank, which find one another through a file in the run directory."""
     mode, ranks, meeting = config.rollout.spawn, config.learn.ranks, config.directory / "rendezvous"
     meeting.unlink(missing_ok=True)  # a killed run's
-    rendezvous = str(meeting)
+    rendezvous, place = str(meeting), place_of(config, "learner")
     if ranks == 1:
-        return spawn(LearnerPart, config, 0, rendezvous, mode=mode, name="learner")
-    parts = [spawn(LearnerPart, config, rank, rendezvous, mode=mode, name=f"learner-{rank}") for rank in range(ranks)]
+        return spawn(LearnerPart, config, 0, rendezvous, mode=mode, name="learner", place=place)
+    parts = [
+        spawn(LearnerPart, config, rank, rendezvous, mode=mode, name=f"learner-{rank}", place=place)
+        for rank in range(ranks)
+    ]
     return JointHandle("learner", parts)
+
+
+def start_engine(config: Config, index: int = 0) -> Handle:
+    """Start engine `index`; that it answers is for `await_start` to say."""
+    name = f"engine-{index}" if config.policy.replicas > 1 else "engine"
+    return spawn(
+        EnginePart,
+        config,
+        mode=config.rollout.spawn,
+        name=name,
+        concurrency=config.rollout.in_flight + 8,
+        place=place_of(config, "engine"),
+    )
+
+
+def start_engines(config: Config, changed: Callable[[], None] = lambda: None) -> Handle:
+    """The engine, or `policy.replicas` of them; `changed` is called when one that died is back."""
+    if config.policy.replicas == 1:
+        return start_engine(config)
+
+    def again(index: int) -> Handle:
+        engine = start_engine(config, index)
+        await_start((engine,))
+        return engine
+
+    return Replicas("engine", [start_engine(config, i) for i in range(config.policy.replicas)], again, changed)
 
 
 def start_worker(config: Config, engine: Handle, index: int) -> Handle:
     """Start rollout worker `index`."""
     episodes = config.rollout.in_flight // config.rollout.workers
     mode, name = config.rollout.spawn, f"worker-{index}"
-    return spawn(RolloutWorker, config, engine, mode=mode, name=name, concurrency=episodes + 2)
+    place = place_of(config, "sandbox")
+    return spawn(RolloutWorker, config, engine, mode=mode, name=name, concurrency=episodes + 2, place=place)
 
 
 def await_start(parts: Sequence[Handle], deadline: float = 180.0) -> None:
@@ -245,7 +285,8 @@ def await_start(parts: Sequence[Handle], deadline: float = 180.0) -> None:
             future.result(max(1.0, limit - time.monotonic()))
         except TimeoutError:
             raise InfraError(
-                f"{part.name} did not start within {deadline:g} seconds; look at the load of this machine"
+                f"{part.name} did not start within {deadline:g} seconds; look at the load of this machine, or at the nodes of the "
+                "cluster (`ray status`)"
             ) from None
 
 
@@ -269,11 +310,15 @@ class Parts:
 
     def __init__(self, config: Config) -> None:
         """Start everything; errors as `await_start`."""
-        self.config, mode, episodes = config, config.rollout.spawn, config.rollout.in_flight
-        self.engine: Handle = spawn(EnginePart, config, mode=mode, name="engine", concurrency=episodes + 8)
+        self.config = config
+        self.engine = start_engines(config, self._connect)
         self.learner = start_learner(config)
         self.workers = [start_worker(config, self.engine, i) for i in range(config.rollout.workers)]
         await_start((self.engine, self.learner, *self.workers))
+
+    def _connect(self) -> None:
+        for worker in self.workers:
+            worker.call("connect", self.engine)
 
     def replace(self, index: int, dead: Handle) -> None:
         """Start worker `index` again, unless that was done since `dead` was in its place."""

@@ -21,6 +21,7 @@ from rl.latencies import DEVICES, Book, Hardware, Latencies, Workload, assumed, 
 from rl.ledger import bottleneck, busy_share
 from rl.loop import Loop
 from rl.memory import HEAP, LIBRARIES, EngineMemory, Layout, LearnerMemory, Shape, engine, fit, gb
+from rl.published import LARGE, PUBLISHED
 from rl.spawn import PartGone
 from rl.virtual import Parts, Tally
 
@@ -150,6 +151,20 @@ def on_gpus(
     return found
 
 
+def as_written(config: Config, shape: Shape, layout: Layout, device: Hardware) -> Placement:
+    """The placement that the recipe itself names. `ValueError` where something doesn't fit."""
+    size, context = config.policy.tensor_parallel, config.policy.max_context
+    held = engine(shape, tensor_parallel=size, memory=device.memory, context=context)
+    if not held.episodes:
+        raise ValueError(
+            f"policy.max_context={context}: an engine on policy.tensor_parallel={size} GPUs has {gb(held.kv)} for KV and an "
+            f"episode takes {gb(shape.kv_bytes(context))}; lower the first or raise the second"
+        )
+    learner = fit(shape, layout, device.memory * 0.95)
+    replicas = config.policy.replicas
+    return Placement(replicas=replicas, tensor_parallel=size, layout=layout, learner=learner, engine=held)
+
+
 # ---------------------------------------------------------------------- the command
 
 
@@ -159,7 +174,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--from", dest="run", type=Path, help="a finished run's directory: its latencies and its episodes")
     p.add_argument("--model", help="a model directory or cwm-32b, in place of the recipe's")
     p.add_argument(
-        "--gpus", type=int, default=0, help="GPUs in all; 0: the recipe's own mode, on CPUs (default: %(default)s)"
+        "--gpus", type=int, default=0, help="GPUs in all; 0: the placement of the recipe itself (default: %(default)s)"
     )
     p.add_argument(
         "--device",
@@ -198,17 +213,22 @@ def layout_of(config: Config) -> Layout:
 
 def plan(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     """Placement, memory and forecast, of the best split. `ValueError` where something doesn't fit."""
-    shape = Shape.named(args.model or config.model)
-    device = DEVICES[args.device if args.gpus else "cpu"]
+    shape = Shape.named(args.model or (config.model if config.model.is_dir() else config.policy.model))
+    gpus = bool(args.gpus) or config.learn.device == "cuda"
+    device = DEVICES[args.device if gpus else "cpu"]
     layout = layout_of(config)
     if config.learn.max_tokens < config.policy.max_context:
         raise ValueError(
             f"learn.max_tokens={config.learn.max_tokens} is less than policy.max_context={config.policy.max_context}: one "
             "trajectory might not fit; raise it"
         )
-    if args.gpus:
+    if gpus:
         device = replace(device, memory=args.gpu_memory_gb * 1e9) if args.gpu_memory_gb else device
-        placements = on_gpus(config, shape, layout, device, args.gpus, args.tensor_parallel, args.ranks)
+        placements = (
+            on_gpus(config, shape, layout, device, args.gpus, args.tensor_parallel, args.ranks)
+            if args.gpus
+            else [as_written(config, shape, layout, device)]
+        )
     else:
         memory = (
             args.gpu_memory_gb * 1e9 if args.gpu_memory_gb else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -221,8 +241,8 @@ def plan(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     tried = []
     for placement in placements:
         latencies = measured[0] if measured else assumed_for(shape, device, placement, book)
-        page = 1 if args.gpus else config.policy.max_context
-        kv = placement.engine.tokens if args.gpus else config.admission.kv_tokens or math.inf
+        page = 1 if gpus else config.policy.max_context
+        kv = placement.engine.tokens if gpus else config.admission.kv_tokens or math.inf
         forecast = simulate(config, latencies, book, replicas=placement.replicas, kv_tokens=kv, page=page)
         tried.append((forecast.step_seconds, placement, forecast, latencies))
     _, placement, forecast, latencies = min(tried, key=lambda found: found[0])
@@ -271,6 +291,11 @@ def table(found: dict[str, Any], config: Config) -> str:
         f"{o['ranks']} ranks and {o['replicas']} engines {o['step_seconds']:.1f} s" for o in found["others"]
     )
     rows += [("splits", others)] if len(found["others"]) > 1 else []
+    if found["model"]["parameters"] > LARGE:
+        rows += [
+            ("published", f"{r.step_seconds:,.0f} s a step: {r.who}, {r.model} on {r.gpus} ({r.source})")
+            for r in PUBLISHED
+        ]
     return "\n".join(f"{name:<13} {text}" for name, text in rows)
 
 

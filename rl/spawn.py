@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal, Protocol
@@ -22,6 +23,18 @@ from envs.errors import InfraError
 from rl.config import ROOT
 
 Mode = Literal["ray", "threads"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a part needs of its node. Matters on a cluster; a Ray of its own has one node."""
+
+    gpus: int = 0
+    resource: str = ""
+    """A custom resource of Ray, of which the part takes one; "": any node will do."""
+
+
+ANYWHERE = Place()
 
 
 class PartGone(InfraError):
@@ -195,8 +208,9 @@ def _translate(name: str, error: BaseException) -> BaseException:
     return error
 
 
-def start(mode: Mode, cpus: int | None = None) -> None:
-    """Bring the substrate up: a local Ray with the repository on its workers' path, or nothing for threads."""
+def start(mode: Mode, address: str = "") -> None:
+    """Bring the substrate up: a Ray of its own with the repository on its workers' path, the cluster at `address`, or nothing
+    for threads. `InfraError` where no cluster answers."""
     if mode == "threads":
         return
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
@@ -205,24 +219,37 @@ def start(mode: Mode, cpus: int | None = None) -> None:
     import ray
 
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"), str(Path.cwd()))))
-    ray.init(
-        address="local",  # never another run's cluster
-        num_cpus=cpus,
-        include_dashboard=False,
-        logging_level="ERROR",
-        log_to_driver=True,
-        runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}},
-    )
+    own: dict[str, Any] = {} if address else {"include_dashboard": False}
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    try:
+        ray.init(
+            address=address or "local",  # never another run's cluster by chance
+            logging_level="ERROR",
+            log_to_driver=True,
+            runtime_env={"env_vars": environment},
+            **own,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        if not address:
+            raise
+        raise InfraError(
+            f"no Ray cluster answers at rollout.address={address!r} ({type(error).__name__}); start one with `ray start --head`"
+        ) from None
 
 
-def spawn(cls: type[Any], *args: Any, mode: Mode, name: str, concurrency: int = 1) -> Handle:
+def spawn(cls: type[Any], *args: Any, mode: Mode, name: str, concurrency: int = 1, place: Place = ANYWHERE) -> Handle:
     """Start `cls(*args)`; `concurrency` calls run in it at once."""
     if mode == "threads":
         return ThreadHandle(name, lambda: cls(*args), concurrency)
     import ray
 
-    actor = ray.remote(cls).options(max_concurrency=concurrency, num_cpus=0, name=None).remote(*args)
-    return RayHandle(name, actor)
+    actor = ray.remote(cls).options(
+        max_concurrency=concurrency,
+        num_cpus=0,
+        num_gpus=place.gpus,
+        resources={place.resource: 1} if place.resource else None,
+    )
+    return RayHandle(name, actor.remote(*args))
 
 
 def stop(mode: Mode) -> None:

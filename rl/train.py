@@ -157,7 +157,7 @@ def _train(config: Config, resume: bool) -> str:
     record = Record(config, resume=resume)
     parts = None
     try:
-        spawn.start(config.rollout.spawn)
+        spawn.start(config.rollout.spawn, config.rollout.address)
         parts = Parts(config)
         loop = Loop(config, parts, record)
         record.open(parts)

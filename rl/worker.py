@@ -115,6 +115,10 @@ class RolloutWorker:
             ledger.switch("idle")
             self._free.put(ledger)
 
+    def connect(self, engine: Handle) -> None:
+        """Ask this engine from the next episode on."""
+        self.engine = engine
+
     def stats(self) -> dict[str, Any]:
         """Seconds per label, summed over the episode slots (each slot's sum to the wall clock), and the process id."""
         return {"seconds": merge(ledger.snapshot() for ledger in self._ledgers), "pid": os.getpid()}

@@ -152,7 +152,7 @@ class Lab:
 def play(config: Config, model: Path, work: list[Any], kwargs: dict[str, Any]) -> list[Trajectory]:
     """Play orders with a model through the recipe's own engine and workers."""
     changed = replace(config, env=replace(config.env, kwargs={**config.env.kwargs, **kwargs}))
-    spawn.start(changed.rollout.spawn)
+    spawn.start(changed.rollout.spawn, changed.rollout.address)
     player = Player(changed, model)
     try:
         return player.play(work)

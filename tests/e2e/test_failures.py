@@ -101,6 +101,19 @@ def test_a_run_goes_on_by_itself_when_engine_and_learner_die(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
+def test_one_of_two_engines_dies_and_the_run_goes_on_with_the_other(tmp_path):
+    log = tmp_path / "log"
+    with begun(log, tmp_path, "--policy.replicas=2", "--restarts=0", "--steps=10") as process:
+        wait_for(log, "step 3/10", process)
+        kill(process, "ray::EnginePart")
+        wait_for(log, "is gone, with its episodes; another is started", process)
+        assert process.wait(900) == 0, log.read_text()[-3000:]
+    assert "is back" in log.read_text() and "on from the last checkpoint" not in log.read_text()
+    whole(tmp_path / "tiny")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(("part", "ranks"), [("engine", 1), ("learner", 1), ("learner", 2)])
 def test_without_restarts_it_stops_in_one_line_and_is_resumed(tmp_path, part, ranks):
     log = tmp_path / "log"

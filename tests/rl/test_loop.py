@@ -200,7 +200,7 @@ def test_what_can_not_be_run_starts_nothing_and_leaves_nothing(tmp_path, monkeyp
     (tmp_path / "other/config.json").write_text(json.dumps(other | {"vocab_size": 96}))
     (tmp_path / "empty/blobs").mkdir(parents=True)
     (tmp_path / "empty/tasks.jsonl").touch()
-    monkeypatch.setattr("rl.spawn.start", lambda mode: pytest.fail("a part was started"))
+    monkeypatch.setattr("rl.spawn.start", lambda *_: pytest.fail("a part was started"))
     paths = {name: tmp_path / name for name in ("torn", "other", "empty")}
     with pytest.raises(ValueError, match=said) as error:
         train.main(arguments(tmp_path, override.format(**paths)))
