@@ -103,7 +103,7 @@ class Critic:
     def __init__(
         self, model: ValueModel, optimizer: torch.optim.Optimizer, *, grad_clip: float, max_tokens: int
     ) -> None:
-        """`grad_clip`, `max_tokens`: see `rl.learner.LearnerConfig`."""
+        """`grad_clip`, `max_tokens`: see `rl.updates.LearnConfig`."""
         self.model, self.optimizer = model.train(), optimizer
         self.grad_clip, self.max_tokens = grad_clip, max_tokens
 

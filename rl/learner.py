@@ -26,9 +26,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,12 +39,12 @@ from transformers import PreTrainedModel
 from policy import lora, models
 from policy.weights import load_into, state_of
 from rl import attention, shards
-from rl.advantages import Algorithm, algorithm
 from rl.batch import MicroBatch, Row, by_trajectory, microbatches
 from rl.critic import Critic, ValueModel, quality, valued
 from rl.losses import normaliser, policy_loss, token_logprobs
 from rl.packing import Padded
 from rl.ranks import Place, whole
+from rl.updates import LearnConfig, StepReport
 
 CRITIC = "critic"
 """Folder of the critic's state in a checkpoint."""
@@ -52,112 +52,38 @@ CRITIC = "critic"
 ALONE = Place()
 
 
-@dataclass(frozen=True, kw_only=True)
-class LearnerConfig:
-    """How a batch becomes updates."""
-
-    algorithm: str = "cwm"
-    """Name of a row in `rl.advantages.PRESETS`."""
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """Fields of that row to replace, e.g. {"clip_high": 0.28}."""
-    lr: float = 3e-4
-    """Learning rate after warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the two moments."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled decay, matrices only."""
-    grad_clip: float = 1.0
-    """Largest gradient norm (2-norm over all parameters); larger ones are scaled down to it."""
-    warmup_steps: int = 0
-    """Optimiser updates over which the learning rate rises linearly from lr / warmup_steps to lr."""
-    decay_updates: int = 0
-    """Optimiser updates over which it falls linearly to 0; 0 keeps it constant."""
-    minibatches: int = 1
-    """Optimiser updates per batch; trajectories are dealt to them at random."""
-    context: int = 512
-    """Longest context of the recipe, tokens: the constant of `aggregation = "constant"`."""
-    critic_lr: float | None = None
-    """The critic's constant learning rate; None takes `lr`. Its other settings are the policy's."""
-    critic_warmup_steps: int = 0
-    """Batches, from the first one on, in which only the critic learns."""
-    lora_rank: int = 0
-    """Rank of the adapters on all linear layers; 0 trains all weights."""
-    lora_alpha: float = 32.0
-    """Their product is scaled by lora_alpha / lora_rank."""
-    max_tokens: int = 8192
-    """Most positions (padding included) of one micro-batch."""
-    packing: Literal["auto", "packed", "padded"] = "auto"
-    """How rows share a micro-batch (`rl/packing.py`). "auto": packed where variable-length attention exists, which needs a
-    GPU and bf16; elsewhere rows of like length padded, which is faster than attention under a mask."""
-    checkpoint_activations: bool = False
-    """Keep only the inputs of layers for the backward pass and compute the rest again."""
-    threads: int = 1
-    """Torch threads of this process; 0 leaves the setting alone."""
-    seed: int = 0
-    """Seeds the dealing of trajectories to minibatches."""
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < self.context:
-            raise ValueError(
-                f"learner.max_tokens={self.max_tokens} is less than learner.context={self.context}:"
-                " one trajectory might not fit; raise it"
-            )
-        for name in ("lr", "grad_clip", "minibatches", "context"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"learner.{name}={getattr(self, name)} must be positive")
-        self.row()
-
-    def row(self) -> Algorithm:
-        """The algorithm with its overrides."""
-        return algorithm(self.algorithm, **self.overrides)
-
-
-def learning_rate(config: LearnerConfig, updates: int) -> float:
-    """Rate of the next update when `updates` are done: linear warm-up, times linear decay where one is asked for."""
-    rise = min(1.0, (updates + 1) / max(1, config.warmup_steps))
-    fall = max(0.0, 1 - updates / config.decay_updates) if config.decay_updates else 1.0
-    return config.lr * rise * fall
-
-
-@dataclass(kw_only=True)
-class StepReport:
-    """What one `Learner.step` did."""
-
-    version: int
-    """After the step."""
-    loss: float = 0.0
-    """Mean over the updates of this batch."""
-    grad_norm: float = 0.0
-    """Mean over the updates, before clipping."""
-    lr: float = 0.0
-    """Of the last update."""
-    updates: int = 0
-    """Optimiser updates done."""
-    skipped: int = 0
-    """Updates left out because their loss or gradient wasn't finite."""
-    tokens: int = 0
-    """Sampled tokens trained on."""
-    positions: int = 0
-    """Positions computed, padding included."""
-    rows: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Means over tokens of `policy_loss`'s metrics. `mismatch_kl` is of the first update alone: before it the weights
-    are those that were published, so it measures engine and staleness; afterwards it would measure the updates."""
-    cpu_seconds: float = 0.0
-    wall_seconds: float = 0.0
+BETAS = (0.9, 0.95)
+"""AdamW's decay rates of the two moments."""
 
 
 class Learner:
     """One model, its optimiser and its counters."""
 
-    def __init__(self, config: LearnerConfig, model: PreTrainedModel | Path | str, place: Place = ALONE) -> None:
-        """`model`: a directory for `policy.models.load`, or a model that is the learner's own from now on. At a `place`
-        among ranks every method is a collective: all ranks call it, with the same arguments."""
+    def __init__(
+        self,
+        config: LearnConfig,
+        model: PreTrainedModel | Path | str,
+        place: Place = ALONE,
+        *,
+        context: int,
+        steps: int = 1,
+        seed: int = 0,
+    ) -> None:
+        """At a `place` among ranks every method is a collective: all ranks call it, with the same arguments.
+
+        Args:
+            config: its `ranks`, `sequence_parallel`, `device` and `dtype` are the place's.
+            model: a directory for `policy.models.load`, or a model that is the learner's own from now on.
+            place: where among its ranks it stands.
+            context: longest context of the recipe, tokens: the constant of `aggregation = "constant"`.
+            steps: batches of the run, for `schedule = "linear"`.
+            seed: of the dealing of trajectories to minibatches, and of adapters.
+        """
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.config, self.place = config, place
+        self.config, self.place, self.context, self.steps, self.seed = config, place, context, steps, seed
         self.algorithm = config.row()
-        assert place.ranks == 1 or not (config.lora_rank or self.algorithm.baseline == "critic"), "see `rl.config`"
+        assert place.ranks == 1 or not (config.lora_rank or self.algorithm.baseline == "critic"), "see `LearnConfig`"
         self.source = model
         self.model = self._start(self._base() if isinstance(model, str | Path) else model)
         packed = config.packing == "packed" or (config.packing == "auto" and (place.varlen or place.sequence > 1))
@@ -172,14 +98,14 @@ class Learner:
         self._forward = self.ranks.shard(self.model, _forward)
         self.optimizer = _optimizer(self.model, config)
         self.critic = self._critic() if self.algorithm.baseline == "critic" else None
-        self.random = random.Random(config.seed)
+        self.random = random.Random(seed)
         self.version = 0
         self.updates = 0
 
     def _start(self, model: PreTrainedModel) -> Any:
         """A model ready to be trained, its base frozen where there are adapters."""
         if self.config.lora_rank:
-            lora.attach(model, self.config.lora_rank, self.config.lora_alpha, self.config.seed)
+            lora.attach(model, self.config.lora_rank, self.config.lora_alpha, self.seed)
         return model.train()
 
     def _base(self) -> PreTrainedModel:
@@ -197,7 +123,7 @@ class Learner:
         """Train on one batch of rows and advance the version by one (also where `rows` is empty or an update was
         skipped)."""
         wall, cpu = time.perf_counter(), self._cpu()
-        report = StepReport(version=self.version + 1, rows=len(rows), lr=learning_rate(self.config, self.updates))
+        report = StepReport(version=self.version + 1, rows=len(rows), lr=self.config.rate(self.updates, self.steps))
         if self.algorithm.correction != "none" and self.config.minibatches > 1:
             scores = self.score([row.token_ids for row in rows])
             rows = [replace(row, old=score) for row, score in zip(rows, scores, strict=True)]
@@ -241,7 +167,7 @@ class Learner:
             action_tokens=tokens,
             rows=sum(row.action_tokens > 0 for row in rows),
             trajectories=trajectories,
-            context=self.config.context,
+            context=self.context,
         )
         self.optimizer.zero_grad(set_to_none=True)
         sums = {"loss": 0.0, "positions": 0.0}
@@ -259,7 +185,7 @@ class Learner:
             self.optimizer.zero_grad(set_to_none=True)
             report.skipped += 1
             return
-        report.lr = learning_rate(self.config, self.updates)
+        report.lr = self.config.rate(self.updates, self.steps)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = report.lr
         self.optimizer.step()
@@ -374,13 +300,13 @@ def _forward(
     return layout.unpack(logprobs), layout.unpack(entropy)
 
 
-def _optimizer(model: torch.nn.Module, config: LearnerConfig) -> torch.optim.AdamW:
+def _optimizer(model: torch.nn.Module, config: LearnConfig) -> torch.optim.AdamW:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=BETAS)
     # Empty moments now, by a step of rate 0 whose count is taken back: left alone, `get_state_dict` takes such a step
     # when a learner without updates is saved, and keeps the count, which would change the bias correction.
     for p in trained:

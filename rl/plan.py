@@ -201,11 +201,6 @@ def plan(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     shape = Shape.named(args.model or config.model)
     device = DEVICES[args.device if args.gpus else "cpu"]
     layout = layout_of(config)
-    if config.learn.max_tokens < config.policy.max_context:
-        raise ValueError(
-            f"learn.max_tokens={config.learn.max_tokens} is less than policy.max_context={config.policy.max_context}: one "
-            "trajectory might not fit; raise it"
-        )
     if args.gpus:
         device = replace(device, memory=args.gpu_memory_gb * 1e9) if args.gpu_memory_gb else device
         placements = on_gpus(config, shape, layout, device, args.gpus, args.tensor_parallel, args.ranks)

@@ -11,8 +11,8 @@ from policy import lora, models
 from policy.torch_engine import EngineConfig, TorchEngine
 from policy.weights import checksum, state_of
 from rl.batch import Row
-from rl.config import LearnConfig
-from rl.learner import Learner, LearnerConfig
+from rl.learner import Learner
+from rl.updates import LearnConfig
 
 torch.set_num_threads(1)
 V = 32
@@ -30,9 +30,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def learner(model_dir: Path, **changes: object) -> Learner:
-    settings = {"context": 64, "max_tokens": 128, "algorithm": "grpo", "lora_rank": 4, "lr": 1e-2, **changes}
-    return Learner(LearnerConfig(**settings), model_dir)  # type: ignore[arg-type]
+def learner(model_dir: Path, seed: int = 0, **changes: object) -> Learner:
+    settings = {"max_tokens": 128, "algorithm": "grpo", "lora_rank": 4, "lr": 1e-2, "minibatches": 1, **changes}
+    return Learner(LearnConfig(**settings), model_dir, context=64, seed=seed)  # type: ignore[arg-type]
 
 
 def some_rows(n: int, seed: int = 0) -> list[Row]:
@@ -196,7 +196,7 @@ def test_the_export_is_merged(model_dir: Path, tmp_path: Path) -> None:
     assert not any("lora" in name for name, _ in merged.named_parameters())
     expected = lora.merge(state_of(models.load(model_dir)), x.weights())
     assert checksum(state_of(merged)) == checksum(expected)
-    plain = Learner(LearnerConfig(context=64, max_tokens=128), tmp_path / "export")
+    plain = Learner(LearnConfig(max_tokens=128), tmp_path / "export", context=64)
     sequences = [row.token_ids for row in some_rows(4)]
     for mine, theirs in zip(plain.score(sequences), x.score(sequences), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)

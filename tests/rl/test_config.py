@@ -55,6 +55,10 @@ def test_overrides():
         ),
         ("learn.ranks=0", r"learn.ranks=0 is too small; give at least 1"),
         ("learn.sequence_parallel=2", r"learn.sequence_parallel=2 does not divide learn.ranks=1; give a divisor"),
+        (
+            "learn.max_tokens=700",
+            r"learn.max_tokens=700 is less than policy.max_context=768: one trajectory might not fit",
+        ),
         ("steps.x=1", r"'steps' is a value, not a section"),
     ],
 )

@@ -11,10 +11,10 @@ from agents.trajectory import Group, Segment, Trajectory
 from policy import models
 from rl.advantages import PRESETS, algorithm
 from rl.batch import Row, microbatches, rows_of
-from rl.config import LearnConfig
 from rl.critic import quality, valued
-from rl.learner import Learner, LearnerConfig
+from rl.learner import Learner
 from rl.metrics import GLOSSARY
+from rl.updates import LearnConfig
 
 torch.set_num_threads(1)
 V = 32
@@ -30,8 +30,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learner(model_dir: Path, **changes: object) -> Learner:
-    settings = {"context": 64, "max_tokens": 128, "algorithm": "ppo", "minibatches": 2, **changes}
-    return Learner(LearnerConfig(**settings), model_dir)  # type: ignore[arg-type]
+    settings = {"max_tokens": 128, "algorithm": "ppo", "minibatches": 2, "lr": 3e-4, **changes}
+    return Learner(LearnConfig(**settings), model_dir, context=64)  # type: ignore[arg-type]
 
 
 def some_rows(n: int, seed: int = 0) -> list[Row]:

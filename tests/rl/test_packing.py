@@ -9,8 +9,9 @@ import torch
 
 from rl.attention import check_heads
 from rl.batch import Row, microbatches
-from rl.learner import Learner, LearnerConfig
+from rl.learner import Learner
 from rl.packing import Packed, Sharing
+from rl.updates import LearnConfig
 from tests.rl.packs import V, mixed_model, some_rows
 
 torch.set_num_threads(1)
@@ -73,7 +74,8 @@ def scores(x: Learner, rows: list[Row]) -> list[list[float]]:
 
 
 def learner(packing: str, **changes: object) -> Learner:
-    return Learner(LearnerConfig(**{"context": 64, "max_tokens": 512, "packing": packing, **changes}), mixed_model())  # type: ignore[arg-type]
+    settings = {"max_tokens": 512, "packing": packing, "lr": 3e-4, "minibatches": 1, **changes}
+    return Learner(LearnConfig(**settings), mixed_model(), context=64)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])

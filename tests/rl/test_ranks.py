@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from policy import models
-from rl.learner import Learner, LearnerConfig
+from rl.learner import Learner
 from rl.ranks import Place, whole
+from rl.updates import LearnConfig
 from tests.rl.packs import mixed_model, on_ranks, some_rows
 
 torch.set_num_threads(1)
@@ -17,8 +18,8 @@ ROWS = [r.token_ids for r in some_rows(9, 77)]
 
 
 def learner(place: Place, settings: dict[str, Any], dtype: torch.dtype = torch.float64) -> Learner:
-    config = {"context": 64, "max_tokens": 96, "lr": 1e-3, "minibatches": 2, "grad_clip": 0.05, **settings}
-    return Learner(LearnerConfig(**config), mixed_model().to(dtype), place)
+    config = {"max_tokens": 96, "lr": 1e-3, "minibatches": 2, "grad_clip": 0.05, **settings}
+    return Learner(LearnConfig(**config), mixed_model().to(dtype), place, context=64)
 
 
 def full(x: Learner) -> dict[str, torch.Tensor]:
