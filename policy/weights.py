@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 Weights = Mapping[str, "np.ndarray[Any, Any] | torch.Tensor"]
 
@@ -28,10 +30,19 @@ def state_of(
     for name, parameter in model.named_parameters():
         if not wanted(name):
             continue
-        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if keep:
             state[name] = whole.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
     return state
+
+
+def part_of(parameter: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
+    """What this process holds of a parameter, and which part of the whole that is: everything, unless FSDP2 shards it."""
+    if not isinstance(parameter, DTensor):
+        return parameter, tuple(slice(n) for n in parameter.shape)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    return parameter.to_local(), tuple(slice(at, at + n) for at, n in zip(offset, shape, strict=True))
 
 
 def checksum(weights: Weights) -> str:

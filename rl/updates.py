@@ -105,11 +105,6 @@ class LearnConfig:
                 f"learn.sequence_parallel={self.sequence_parallel} does not divide learn.ranks={self.ranks}; "
                 "give a divisor, or other ranks"
             )
-        if self.ranks > 1 and (self.lora_rank or self.row().baseline == "critic"):
-            raise ValueError(
-                f"learn.ranks={self.ranks} shard neither adapters (learn.lora_rank={self.lora_rank}) nor a critic "
-                f"(learn.algorithm={self.algorithm!r}); take one rank, or leave those out"
-            )
         if self.sequence_parallel > 1 and self.packing == "padded":
             raise ValueError(
                 f"learn.packing='padded' has no packs to split over learn.sequence_parallel={self.sequence_parallel} "

@@ -38,7 +38,7 @@ def main(model: str, context: int, max_tokens: int, count: int) -> None:
     before = used()
     settings = LearnConfig(algorithm="grpo", lr=1e-6, minibatches=1, max_tokens=max_tokens)
     learner = Learner(settings, Path(model), context=context)
-    learner.step(rows(count, context, learner.model.config.vocab_size))
+    learner.step(rows(count, context, learner.policy.model.config.vocab_size))
     print(json.dumps({"peak": peak() - before}))
 
 

@@ -55,7 +55,7 @@ def some_rows(n: int, seed: int = 0) -> list[Row]:
 
 
 def flat(x: Learner) -> torch.Tensor:
-    parts = [x.model, *([x.critic.model] if x.critic is not None else [])]
+    parts = [x.policy.model, *([x.critic.model] if x.critic is not None else [])]
     return torch.cat([p.detach().flatten() for part in parts for p in part.parameters()])
 
 
@@ -158,15 +158,15 @@ def test_engine_and_learner_agree_after_each_publish(model_dir: Path) -> None:
 @needs_peft
 def test_the_base_is_frozen_and_only_adapters_travel(model_dir: Path) -> None:
     x = learner(model_dir)
-    base = {k: v for k, v in state_of(x.model).items() if "lora_" not in k}
+    base = {k: v for k, v in state_of(x.policy.model).items() if "lora_" not in k}
     x.step(some_rows(8))
-    after = state_of(x.model)
+    after = state_of(x.policy.model)
     assert all((after[k] == v).all() for k, v in base.items())
     travels = x.weights()
     # per layer q, k, v, o: rank x (32 + 32); gate, up, down: rank x (32 + 64); two layers of rank 4
     assert sum(v.size for v in travels.values()) == 2 * 4 * (4 * 64 + 3 * 96)
     assert all(np.abs(v).max() > 0 for v in travels.values()), "every adapter learns"
-    trained = sum(p.numel() for group in x.optimizer.param_groups for p in group["params"])
+    trained = sum(p.numel() for group in x.policy.optimizer.param_groups for p in group["params"])
     assert trained == sum(v.size for v in travels.values())
 
 

@@ -98,9 +98,3 @@ def test_the_laptop_run_keeps_32_episodes_in_flight():
 def test_threads_have_no_ranks():
     with pytest.raises(ValueError, match=r"learn.ranks=2 are processes, and rollout.spawn='threads' has none; [^\n]*$"):
         load(ROOT / "rl/recipes/tiny.toml", ["learn.ranks=2", "rollout.spawn=threads"])
-
-
-def test_ranks_shard_neither_a_critic_nor_adapters():
-    for change in ("learn.algorithm=ppo", "learn.lora_rank=4"):
-        with pytest.raises(ValueError, match=r"learn.ranks=2 shard neither adapters .* take one rank"):
-            load(ROOT / "rl/recipes/tiny.toml", ["learn.ranks=2", change])

@@ -50,7 +50,7 @@ def some_rows(n: int, seed: int = 0) -> list[Row]:
 
 
 def flat(x: Learner) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in x.model.parameters()])
+    return torch.cat([p.detach().flatten() for p in x.policy.model.parameters()])
 
 
 def test_score_is_the_models_log_softmax(model_dir: Path) -> None:
@@ -63,7 +63,7 @@ def test_score_is_the_models_log_softmax(model_dir: Path) -> None:
             assert score == [0.0] * len(sequence)
             continue
         with torch.no_grad():
-            table = x.model(torch.tensor([sequence])).logits[0].log_softmax(-1)
+            table = x.policy.model(torch.tensor([sequence])).logits[0].log_softmax(-1)
         expected = [float(table[t, sequence[t + 1]]) for t in range(len(sequence) - 1)]
         assert score[0] == 0.0 and score[1:] == pytest.approx(expected, abs=1e-5)
 

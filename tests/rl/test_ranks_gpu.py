@@ -38,7 +38,7 @@ def scored(place: Place) -> tuple[bool, list[list[float]]]:
     """Whether rows were packed, and their scores after a batch."""
     x = Learner(LearnConfig(max_tokens=512, lr=1e-4, minibatches=1), mixed_model().float(), place, context=64)
     x.step(some_rows(11))
-    return x.sharing.packed, x.score([r.token_ids for r in some_rows(9, 77)])
+    return x.policy.sharing.packed, x.score([r.token_ids for r in some_rows(9, 77)])
 
 
 def test_a_rank_over_nccl_scores_as_the_cpu(tmp_path: Path) -> None:
