@@ -7,7 +7,7 @@ Ray's object store (or a plain reference, for threads) carries what `state_of` r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,21 +59,31 @@ def checksum(weights: Weights) -> str:
 
 def check_fit(weights: Weights, shapes: Mapping[str, torch.Size], whose: str) -> None:
     """Raise a ValueError of one line unless `weights` has exactly the names and shapes of `whose` model, all finite."""
-    missing, unknown = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
+    check_shapes({name: value.shape for name, value in weights.items()}, shapes, whose)
+    for name, value in weights.items():
+        check_finite(name, value, whose)
+
+
+def check_shapes(found: Mapping[str, Sequence[int]], shapes: Mapping[str, torch.Size], whose: str) -> None:
+    """The part of `check_fit` that needs no values."""
+    missing, unknown = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
     if missing or unknown:
         both = (("names missing", missing), ("unknown names", unknown))
         lists = [f"{len(names)} {what} (first {names[0]!r})" for what, names in both if names]
         raise ValueError(f"{whose}: weights with {' and '.join(lists)}; take them from a model of the same config")
     for name, shape in shapes.items():
-        value = weights[name]
-        if tuple(value.shape) != tuple(shape):
+        if tuple(found[name]) != tuple(shape):
             raise ValueError(
-                f"{whose}: {name!r} has shape {tuple(value.shape)}, {tuple(shape)} is needed; "
+                f"{whose}: {name!r} has shape {tuple(found[name])}, {tuple(shape)} is needed; "
                 "take the weights from a model of the same config"
             )
-        finite = torch.isfinite(value) if isinstance(value, torch.Tensor) else np.isfinite(value)
-        if not bool(finite.all()):
-            raise ValueError(f"{whose}: {name!r} holds NaN or infinity; the learner diverged, go back to a checkpoint")
+
+
+def check_finite(name: str, value: np.ndarray[Any, Any] | torch.Tensor, whose: str) -> None:
+    """The part of `check_fit` that is about one tensor."""
+    finite = torch.isfinite(value) if isinstance(value, torch.Tensor) else np.isfinite(value)
+    if not bool(finite.all()):
+        raise ValueError(f"{whose}: {name!r} holds NaN or infinity; the learner diverged, go back to a checkpoint")
 
 
 def as_tensor(value: np.ndarray[Any, Any] | torch.Tensor) -> torch.Tensor:
@@ -81,12 +91,3 @@ def as_tensor(value: np.ndarray[Any, Any] | torch.Tensor) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.detach()
     return torch.from_numpy(value if value.flags.writeable else value.copy())
-
-
-def load_into(model: torch.nn.Module, weights: Weights) -> None:
-    """Copy `weights` into the model's parameters in place; names and shapes must fit exactly."""
-    parameters = dict(model.named_parameters())
-    check_fit(weights, {name: p.shape for name, p in parameters.items()}, type(model).__name__)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(as_tensor(weights[name]))

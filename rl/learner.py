@@ -66,7 +66,7 @@ class Learner:
 
         Args:
             config: its `ranks`, `sequence_parallel`, `device` and `dtype` are the place's.
-            model: a directory for `policy.models.load`, or a model, which is copied.
+            model: a directory for `policy.models.load`, of which each rank reads its share alone, or a model, which is copied.
             place: where among its ranks it stands.
             context: longest context of the recipe, tokens: the constant of `aggregation = "constant"`.
             steps: batches of the run, for `schedule = "linear"`.
@@ -85,9 +85,10 @@ class Learner:
         self.updates = 0
 
     def _network(self, forward: Forward, of: Callable[[PreTrainedModel], torch.nn.Module] | None = None) -> Network:
-        """The model, or what `of` makes of it, the base frozen where there are adapters."""
+        """The model, or what `of` makes of it, sharded before it gets its weights, the base frozen where there are adapters."""
         config, place = self.config, self.place
-        base = models.load(self.source) if isinstance(self.source, Path) else deepcopy(self.source)
+        stored = isinstance(self.source, Path)
+        base = models.skeleton(self.source) if stored else deepcopy(self.source)
         packed = config.packing == "packed" or (config.packing == "auto" and (place.varlen or place.sequence > 1))
         assert packed or place.sequence == 1, "padded rows can't be split"
         sharing = place.sharing(packed=packed, pair_cost=_pair_cost(base))
@@ -100,6 +101,8 @@ class Learner:
             lora.attach(base, config.lora_rank, config.lora_alpha)
         model = (of(base) if of else base).train()
         sharded = self.ranks.shard(model, forward)
+        if stored:
+            models.fill(model, self.source, self.ranks.device)
         lora.begin(model, self.seed)
         return Network(model, sharded, config, self.ranks, sharing)
 

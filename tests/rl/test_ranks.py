@@ -1,6 +1,8 @@
 """Learner ranks, as real processes over gloo: the weights, scores and checkpoints of one rank, from two and four."""
 
 import importlib.util
+import os
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 
 from policy import lora, models
 from policy.weights import state_of
+from rl.critic import ValueModel, values_of
 from rl.learner import Learner
 from rl.ranks import Place, whole
 from rl.updates import LearnConfig
@@ -201,3 +204,71 @@ def test_bf16_computes_in_it_and_keeps_fp32(tmp_path: Path) -> None:
     for other, also in on_ranks(2, halved, tmp_path / "two", dtype="bf16"):
         gaps = [abs(a - b) for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True)]
         assert 1e-4 < max(gaps) < 0.5 and kept == also == {torch.float32}
+
+
+def status(field: str) -> int:
+    """Of this process, bytes."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def loaded(place: Place, directory: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    """Most bytes that a model took while it was loaded, as a critic's rank loads it, and its weights."""
+    ranks = place.join()
+    models.skeleton(directory)  # what libraries take at first
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = status("VmRSS")
+    model = ValueModel(models.skeleton(directory))
+    ranks.shard(model, values_of)
+    models.fill(model, directory)
+    peak = status("VmHWM") - before
+    weights = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+    ranks.close()
+    return peak, weights
+
+
+def scored(place: Place, directory: Path, settings: dict[str, Any]) -> tuple[list[list[float]], dict[str, Any]]:
+    """Scores and adapters of a learner on a directory."""
+    x = Learner(LearnConfig(**settings), directory, place, context=64)
+    x.step([])
+    return x.score([[t % 64 for t in row] for row in ROWS]), x.weights()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc/self/clear_refs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rank_reads_its_share_alone(dtype: torch.dtype, tmp_path: Path) -> None:
+    """94 MB of weights in fp32: the whole takes one process that and the pages it read; a rank takes its share of both."""
+    size = {"vocab_size": 4099, "hidden_size": 512, "layers": 6, "heads": 8, "intermediate_size": 1536}
+    model = models.build(models.ModelConfig(**size)).to(dtype)
+    weights, stored = (sum(p.numel() for p in model.parameters()) * n for n in (4, model.dtype.itemsize))
+    models.save(model, tmp_path / "model")
+    ((alone, expected),) = on_ranks(1, loaded, tmp_path / "one", tmp_path / "model")
+    print(f"{weights / 1e6:.1f} MB, read {stored / 1e6:.1f}: alone {alone / 1e6:.1f}", end="")
+    assert alone > weights
+    largest = max(p.numel() for p in model.parameters()) * 4
+    for ranks in (2, 4):
+        for peak, found in on_ranks(ranks, loaded, tmp_path / f"{ranks}", tmp_path / "model"):
+            print(f", of {ranks} {peak / 1e6:.1f}", end="")
+            assert peak < (weights + stored) / ranks + largest and peak < 0.75 * alone
+            for name, value in expected.items():
+                assert torch.equal(found[name], value), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_peft
+@pytest.mark.parametrize("tied", [True, False])
+def test_ranks_on_a_directory_are_the_model(tied: bool, tmp_path: Path) -> None:
+    """Tied weights, rotary tables, adapters' first values; 65 rows are shared unevenly."""
+    size = {"vocab_size": 65, "hidden_size": 32, "layers": 2, "heads": 4, "intermediate_size": 48, "max_context": 64}
+    models.save(models.build(models.ModelConfig(**size, tie_embeddings=tied), 1), tmp_path / "model")
+    for settings in ({"algorithm": "grpo"}, BOTH):
+        place = tmp_path / settings["algorithm"]
+        one, adapters = scored(Place(), tmp_path / "model", settings)
+        for rank, (many, theirs) in enumerate(on_ranks(4, scored, place, tmp_path / "model", settings)):
+            for a, b in zip(one, many, strict=True):
+                assert a == pytest.approx(b, abs=1e-5)
+            assert rank or all(np.array_equal(theirs[name], value) for name, value in adapters.items())
