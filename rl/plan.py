@@ -238,7 +238,7 @@ def assumed_for(shape: Shape, device: Hardware, placement: Placement, book: Book
         shape,
         device,
         tensor_parallel=max(1, placement.tensor_parallel),
-        ranks=placement.layout.ranks,
+        layout=placement.layout,
         context=mean_context(book),
     )
     return latencies if placement.tensor_parallel else replace(latencies, cores=os.cpu_count() or 1)
