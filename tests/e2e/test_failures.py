@@ -101,10 +101,18 @@ def test_a_run_goes_on_by_itself_when_engine_and_learner_die(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize(("part", "ranks"), [("engine", 1), ("learner", 1), ("learner", 2)])
-def test_without_restarts_it_stops_in_one_line_and_is_resumed(tmp_path, part, ranks):
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        ("engine", []),
+        ("learner", []),
+        ("learner", ["--learn.ranks=2"]),
+        ("learner", ["--learn.ranks=2", "--learn.algorithm=ppo", "--learn.lora_rank=4"]),
+    ],
+)
+def test_without_restarts_it_stops_in_one_line_and_is_resumed(tmp_path, part, settings):
     log = tmp_path / "log"
-    with begun(log, tmp_path, "--restarts=0", f"--learn.ranks={ranks}") as process:
+    with begun(log, tmp_path, "--restarts=0", *settings) as process:
         wait_for(log, "step 3/10", process)
         kill(process, f"ray::{part.capitalize()}Part")
         assert process.wait(600) == 1, log.read_text()[-3000:]
