@@ -61,7 +61,7 @@ def adapters_of(model: torch.nn.Module, *, keep: bool = True) -> dict[str, np.nd
 
 
 def merged_of(model: torch.nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """The weights of the model that `attach` was given, with its adapters added. `keep`: see `policy.weights.state_of`."""
+    """The weights of the model that `attach` was given, with its adapters, if any, added. `keep`: see `policy.weights.state_of`."""
     base = state_of(model, lambda name: ".lora_" not in name, keep=keep)
     return merge({name.replace(BASE, ""): value for name, value in base.items()}, adapters_of(model, keep=keep))
 

@@ -182,8 +182,8 @@ class Learner:
     def weights(self) -> dict[str, np.ndarray]:
         """The weights of `version`, by parameter name, as copies; where adapters are trained those alone
         (`policy.lora.adapters_of`). Nothing on ranks but the first."""
-        of = lora.adapters_of if self.config.lora_rank else state_of
-        return of(self.policy.model, keep=not self.place.rank)
+        model, first = self.policy.model, self.place.rank == 0
+        return lora.adapters_of(model, keep=first) if self.config.lora_rank else state_of(model, keep=first)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (nats, temperature 1) of each token given those before it; 0.0 for the first. Nothing is
@@ -194,9 +194,9 @@ class Learner:
 
     def export(self, directory: Path) -> None:
         """Write the model alone, in the form that `policy.models.load` reads; adapters are merged into it."""
-        of = lora.merged_of if self.config.lora_rank else state_of
-        weights = of(self.policy.model, keep=not self.place.rank)
-        if not self.place.rank:
+        first = self.place.rank == 0
+        weights = lora.merged_of(self.policy.model, keep=first)
+        if first:
             models.save(self.policy.model, directory, weights)
 
     def save(self, directory: Path) -> None:
