@@ -8,17 +8,23 @@ parameter count on the meta device), never built.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch.utils import swap_tensors
 from transformers import AutoConfig, AutoModelForCausalLM, CwmConfig, CwmForCausalLM, PreTrainedModel
 
 from envs.errors import nearest
-from policy.weights import Weights, as_tensor, load_into
+from policy.lora import BASE
+from policy.weights import Weights, as_tensor, check_finite, check_shapes, part_of
+
+FILES = "model*.safetensors"
 
 MOST_PARAMETERS = 4_000_000_000
 """Most parameters that `build` makes: 16 GB in fp32."""
@@ -162,21 +168,54 @@ def save(model: PreTrainedModel, directory: Path | str, weights: Weights | None 
 
 def load(directory: Path | str) -> PreTrainedModel:
     """Read a causal LM in Hugging Face format from a local directory, as fp32 on the CPU. All names must fit."""
+    model = skeleton(directory)
+    fill(model, directory)
+    return model.eval()
+
+
+def skeleton(directory: Path | str) -> PreTrainedModel:
+    """A directory's model without its weights: parameters are on the meta device, names and shapes checked; buffers are there.
+    It may be changed and sharded before `fill`."""
     path = Path(directory)
     if not (path / "config.json").is_file():
         raise ValueError(f"checkpoint {path}: no config.json there; give a directory that `policy.models.save` wrote")
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        raise ValueError(f"checkpoint {path}: no model*.safetensors there; save the model again, as safetensors")
-    try:
+    if not list(path.glob(FILES)):
+        raise ValueError(f"checkpoint {path}: no {FILES} there; save the model again, as safetensors")
+    with _reading(path) as stored:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        weights = {name: value.float() for file in files for name, value in load_file(file).items()}
-        with torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.tie_weights()
+        found = {name: value.get_shape() for name, value in stored.items()}
         if config.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)
-        load_into(model, weights)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-        cause = " ".join(str(error).split())
-        raise ValueError(f"checkpoint {path} can't be read: {cause[:300]}; copy or save it again") from error
+            found.pop("lm_head.weight", None)
+        check_shapes(found, {name: p.shape for name, p in model.named_parameters()}, type(model).__name__)
     return model
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, directory: Path | str, device: torch.device | str = "cpu") -> None:
+    """Bring what was made of a `skeleton` to `device`, with the directory's weights as fp32; what that doesn't have (adapters,
+    another head) is 0. One parameter at a time, and of one that FSDP2 shards no more than this rank's part is read."""
+    path = Path(directory)
+    with _reading(path) as stored:
+        for name, parameter in model.named_parameters():
+            empty = torch.zeros_like(parameter, device=device)
+            swap_tensors(parameter, torch.nn.Parameter(empty, parameter.requires_grad))
+            (here, part), name = part_of(parameter), name.replace(BASE, "")
+            if name in stored and here.numel():
+                here.copy_(stored[name][part])
+                check_finite(name, here, type(model).__name__)
+    model.to(device)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[dict[str, Any]]:
+    """The tensors of a directory by name, to be read in slices; what is wrong with them as a `ValueError` of one line."""
+    with ExitStack() as files:
+        try:
+            opened = [files.enter_context(safe_open(file, "pt")) for file in sorted(path.glob(FILES))]
+            yield {name: file.get_slice(name) for file in opened for name in file.offset_keys()}
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+            cause = " ".join(str(error).split())
+            raise ValueError(f"checkpoint {path} can't be read: {cause[:300]}; copy or save it again") from error

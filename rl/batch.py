@@ -319,8 +319,8 @@ def _pad(rows: Sequence[Row]) -> MicroBatch:
 
 
 def _column(rows: Sequence[Row], shape: tuple[int, int], name: str) -> Tensor | None:
-    """[B, T]: what a field of the rows holds for their targets; None where they have none."""
-    if not rows or getattr(rows[0], name) is None:
+    """[B, T]: what a field of the rows holds for their targets; None where they have none. Of no row: padding."""
+    if rows and getattr(rows[0], name) is None:
         return None
     table = torch.zeros(shape)
     for i, row in enumerate(rows):

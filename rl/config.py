@@ -7,7 +7,6 @@ episodes in flight.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import tomllib
@@ -20,8 +19,8 @@ from typing import Any, Literal, get_args
 
 from envs.fields import build
 from rl.admission import Limits
-from rl.advantages import Algorithm, algorithm
 from rl.curriculum import Stage, overlaid
+from rl.updates import LearnConfig
 
 FORMAT = 1
 """Rises whenever a recipe of before would mean something else."""
@@ -120,84 +119,6 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnConfig:
-    """How the policy is updated."""
-
-    algorithm: str = "cwm"
-    """A preset of `rl/advantages.py`: grpo, cwm, dapo, dr_grpo, gspo, cispo, rloo, reinforce++ or ppo."""
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the preset to replace (`rl.advantages.Algorithm`), e.g. `--learn.overrides.clip_high=0.28`."""
-    groups_per_step: int = 16
-    """Groups of one batch."""
-    lr: float = 5e-4
-    schedule: Literal["constant", "linear"] = "constant"
-    """Of the learning rate behind the warm-up; "linear" falls to 0 at the last of `steps`."""
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0
-    critic_lr: float | None = None
-    """Learning rate of the critic, constant; left out: `lr`. For algorithms with a critic (ppo) alone."""
-    critic_warmup_steps: int = 0
-    """Batches, from the first one on, in which only the critic learns."""
-    lora_rank: int = 0
-    """Train adapters of this rank on all linear layers (`policy/lora.py`), which alone travel to the engine; 0 trains all
-    weights. Needs peft."""
-    lora_alpha: float = 32.0
-    """Adapters are scaled by lora_alpha / lora_rank."""
-    minibatches: int = 2
-    """Optimiser updates per batch."""
-    max_tokens: int = 8192
-    """Positions of one micro-batch, padding included."""
-    packing: Literal["auto", "packed", "padded"] = "auto"
-    """Rows of a micro-batch one behind the other, kept apart by their positions, or padded side by side. "auto": packed
-    where variable-length attention exists (a GPU, in bf16); elsewhere padded, which is faster."""
-    ranks: int = 1
-    """Processes of the learner: each holds a share of weights, gradients and moments (FSDP2), and trains on a share of each
-    batch. Ray's: under `threads` there is one. A checkpoint can be resumed with another number."""
-    sequence_parallel: int = 1
-    """So many ranks hold the tokens of a micro-batch together (Ulysses), for rows too long for one; a divisor of `ranks` and
-    of the model's key-value heads. Rows are then packed, and `max_tokens` are those of all these ranks."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where the learner computes; rank r takes GPU r."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """What its matrix products are computed in; weights, gradients that are added up, and moments stay fp32."""
-    checkpoint_activations: bool = False
-    """Keep only the inputs of layers for the backward pass and compute the rest again: less memory, a third more work."""
-    threads: int = 1
-    """Torch threads of a rank."""
-    max_staleness: int | None = None
-    """No token is trained on that was sampled more than this many versions before; left out: the preset's bound."""
-    stale: Literal["wait", "drop"] = "wait"
-    """Keep the bound by issuing fewer groups, or by dropping late ones."""
-    control: Literal["none", "shuffle"] = "none"
-    """"shuffle" permutes the advantages of each batch: the negative control."""
-
-    def __post_init__(self) -> None:
-        if self.row().baseline != "critic" and (self.critic_lr is not None or self.critic_warmup_steps):
-            raise ValueError(
-                f"learn.critic_lr={self.critic_lr}, learn.critic_warmup_steps={self.critic_warmup_steps}: "
-                f"learn.algorithm={self.algorithm!r} has no critic; leave them out, or take 'ppo'"
-            )
-        if self.critic_warmup_steps < 0 or (self.critic_lr is not None and self.critic_lr <= 0):
-            raise ValueError(
-                f"learn.critic_lr={self.critic_lr}, learn.critic_warmup_steps={self.critic_warmup_steps}: the rate must be "
-                "positive, the steps 0 or more"
-            )
-        if self.lora_rank < 0 or self.lora_alpha <= 0:
-            raise ValueError(
-                f"learn.lora_rank={self.lora_rank}, learn.lora_alpha={self.lora_alpha}: give a rank of 0 (off) or more, and "
-                "a positive alpha"
-            )
-        if self.lora_rank and importlib.util.find_spec("peft") is None:
-            raise ValueError(f"learn.lora_rank={self.lora_rank} needs the package peft; pip install peft, or give 0")
-
-    def row(self) -> Algorithm:
-        """The preset with what this recipe replaces."""
-        bound = {} if self.max_staleness is None else {"max_staleness": self.max_staleness}
-        return algorithm(self.algorithm, **{**self.overrides, **bound})
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Held-out tasks, played while training goes on."""
 
@@ -253,10 +174,6 @@ class Config:
             ("rollout.workers", self.rollout.workers, 1),
             ("rollout.episodes", self.rollout.episodes, 1),
             ("rollout.group_size", self.rollout.group_size, 2),
-            ("learn.groups_per_step", self.learn.groups_per_step, 1),
-            ("learn.max_staleness", self.learn.row().max_staleness, 0),
-            ("learn.ranks", self.learn.ranks, 1),
-            ("learn.sequence_parallel", self.learn.sequence_parallel, 1),
             ("eval.tasks", self.eval.tasks, 1),
             ("eval.every", self.eval.every, 0),
             ("restarts", self.restarts, 0),
@@ -275,23 +192,13 @@ class Config:
                 f"admission.kv_tokens={self.admission.kv_tokens} holds no episode of policy.max_context={self.policy.max_context} "
                 "tokens; raise it, or give 0"
             )
+        if self.learn.max_tokens < self.policy.max_context:
+            raise ValueError(
+                f"learn.max_tokens={self.learn.max_tokens} is less than policy.max_context={self.policy.max_context}: one "
+                "trajectory might not fit; raise it"
+            )
         if self.deterministic:
             self._refuse_chance()
-        if self.learn.ranks % self.learn.sequence_parallel:
-            raise ValueError(
-                f"learn.sequence_parallel={self.learn.sequence_parallel} does not divide learn.ranks={self.learn.ranks}; "
-                "give a divisor, or other ranks"
-            )
-        if self.learn.ranks > 1 and (self.learn.lora_rank or self.learn.row().baseline == "critic"):
-            raise ValueError(
-                f"learn.ranks={self.learn.ranks} shard neither adapters (learn.lora_rank={self.learn.lora_rank}) nor a critic "
-                f"(learn.algorithm={self.learn.algorithm!r}); take one rank, or leave those out"
-            )
-        if self.learn.sequence_parallel > 1 and self.learn.packing == "padded":
-            raise ValueError(
-                f"learn.packing='padded' has no packs to split over learn.sequence_parallel={self.learn.sequence_parallel} "
-                "ranks; leave it at auto"
-            )
         if self.learn.ranks > 1 and self.rollout.spawn == "threads":
             raise ValueError(
                 f"learn.ranks={self.learn.ranks} are processes, and rollout.spawn='threads' has none; take ray, or one rank"

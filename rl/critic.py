@@ -1,14 +1,16 @@
 """The critic of `ppo`: a value model, the advantages that follow from its values, and its updates.
 
 What it is: `ValueModel` (the policy's architecture with a scalar for a head), `valued` (rows and values → rows with an
-advantage and a target per action token) and `Critic` (a value model and its optimiser, on whatever batches it is given).
+advantage and a target per action token), and what `rl.network.Network` needs to train the one with the other: `values_of`,
+`loss_of`.
 
 What it does not do: it samples nothing, and no gradient passes between it and the policy: a trunk of its own, which begins
 as the policy's, so that neither loss has to be weighed against the other (as in verl and OpenRLHF; PPO's paper, arXiv
 1707.06347, section 5, allows both). The head begins at zero, so that before its first update every value is 0.
 
 A value is asked for before each action token: what return is to be expected, given all tokens before it. Values, advantages
-and targets are computed once, when a batch begins, and stay as they are for all its updates.
+and targets are computed once, when a batch begins, and stay as they are for all its updates. Among ranks each computes the
+values of its share, and then has all: advantages, whitening and `quality` are of the whole batch on every one.
 
 Branches. The rows of a trajectory are its branches in the order in which they were played, and each action token is in one of
 them. GAE runs over all of them in that order, as over one list: the value that follows the last action of a branch is
@@ -20,17 +22,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import linear
 
-from rl import shards
 from rl.advantages import Algorithm, batch_scaled, gae
-from rl.batch import Row, by_trajectory, microbatches
+from rl.batch import MicroBatch, Row, by_trajectory
 from rl.losses import value_loss
+from rl.network import Loss
+from rl.packing import Padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,15 +45,15 @@ class ValueModel(nn.Module):
         """`model`: its trunk is taken, its head left behind."""
         super().__init__()
         self.model = model.model
-        self.head = nn.Linear(model.config.hidden_size, 1)
+        self.head = nn.Linear(model.config.hidden_size, 1, device=model.device, dtype=model.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """[B, T] ids → [B, T] values: the return to be expected when the tokens up to there have been read."""
-        hidden = self.model(input_ids=token_ids, use_cache=False).last_hidden_state
-        values: Tensor = self.head(hidden).squeeze(-1)
-        return values
+    def forward(self, token_ids: Tensor, **layout: Any) -> Tensor:
+        """[B, T] ids → [B, T] values: the return to be expected when the tokens up to there have been read. In fp32 or wider."""
+        hidden = self.model(input_ids=token_ids, use_cache=False, **layout).last_hidden_state
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return linear(hidden.to(wide), self.head.weight.to(wide), self.head.bias.to(wide)).squeeze(-1)
 
 
 def valued(rows: Sequence[Row], values: Sequence[Sequence[float]], algorithm: Algorithm) -> list[Row]:
@@ -97,58 +99,19 @@ def quality(rows: Sequence[Row]) -> dict[str, float]:
     return {"value": float(values.mean()), "explained_variance": explained}
 
 
-class Critic:
-    """A value model and its optimiser. `rl.learner.Learner` says when it looks and when it learns."""
+def values_of(
+    model: ValueModel, layout: Padded, token_ids: Tensor, targets: Tensor, mask: Tensor | None
+) -> tuple[Tensor]:
+    """[B, T] → the value before each target; see `rl.network.Forward`."""
+    return (layout.unpack(model.forward(layout.pack(token_ids), **layout.arguments())),)
 
-    def __init__(
-        self, model: ValueModel, optimizer: torch.optim.Optimizer, *, grad_clip: float, max_tokens: int
-    ) -> None:
-        """`grad_clip`, `max_tokens`: see `rl.learner.LearnerConfig`."""
-        self.model, self.optimizer = model.train(), optimizer
-        self.grad_clip, self.max_tokens = grad_clip, max_tokens
 
-    def _read(self, token_ids: Tensor) -> Tensor:
-        """[B, T] ids → [B, T] values, on the CPU wherever the model is."""
-        values: Tensor = self.model(token_ids.to(self.model.head.weight.device)).cpu()
-        return values
+def loss_of(rows: Sequence[Row], clip: float) -> Loss:
+    """Half the mean squared error over the action tokens of valued rows, clipped (`rl.losses.value_loss`)."""
+    tokens = sum(row.action_tokens for row in rows)
 
-    @torch.no_grad()
-    def values(self, rows: Sequence[Row]) -> list[list[float]]:
-        """For each row a list of its length: the value before each token; 0.0 for the first."""
-        found = [[0.0] * len(row.token_ids) for row in rows]
-        waiting = sorted(range(len(rows)), key=lambda i: len(found[i]))
-        while waiting:
-            width = len(found[waiting[-1]])
-            waiting, bunch = waiting[: -max(1, self.max_tokens // width)], waiting[-max(1, self.max_tokens // width) :]
-            ids = [torch.tensor(list(rows[i].token_ids)) for i in bunch]
-            table = self._read(pad_sequence(ids, batch_first=True)).tolist()
-            for i, line in zip(bunch, table, strict=True):
-                found[i][1:] = line[: len(found[i]) - 1]
-        return found
+    def loss(batch: MicroBatch, values: Tensor) -> tuple[Tensor, dict[str, float]]:
+        assert batch.values is not None and batch.returns is not None, "rows without values: see `valued`"
+        return value_loss(values, batch.values, batch.returns, batch.mask, clip, tokens), {}
 
-    def update(self, rows: Sequence[Row], clip: float) -> float | None:
-        """One optimiser update on valued rows, accumulated over micro-batches. Returns the loss (half the mean squared
-        error over action tokens, see `rl.losses.value_loss`), or None where it or its gradient was not finite: weights and
-        optimiser are then as before."""
-        batches = microbatches(rows, self.max_tokens)
-        tokens, total = sum(b.action_tokens for b in batches), 0.0
-        self.optimizer.zero_grad(set_to_none=True)
-        for b in batches:
-            assert b.values is not None and b.returns is not None, "rows without values: see `valued`"
-            loss = value_loss(self._read(b.token_ids), b.values, b.returns, b.mask, clip, tokens)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        if not (torch.isfinite(norm) and torch.isfinite(torch.tensor(total))):
-            self.optimizer.zero_grad(set_to_none=True)
-            return None
-        self.optimizer.step()
-        return total
-
-    def save(self, directory: Path) -> None:
-        """Weights and optimiser into `directory`."""
-        shards.save(directory, self.model, self.optimizer, {})
-
-    def load(self, directory: Path) -> None:
-        """The inverse of `save`; errors as `rl.shards.load`."""
-        shards.load(directory, self.model, self.optimizer, {})
+    return loss

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from agents.trajectory import Trajectory
-from rl.memory import Shape
+from rl.memory import Layout, Shape
 from rl.metrics import read
 
 
@@ -210,12 +210,20 @@ USED = {"flops": 0.4, "bandwidth": 0.75}
 """Shares of the peaks that are reached: 40 % of the operations and 75 % of the bandwidth are what good systems report."""
 
 
-def assumed(shape: Shape, device: Hardware, *, tensor_parallel: int, ranks: int, context: float) -> Latencies:
+def trained_token(layout: Layout) -> int:
+    """Operations for a trained token, in units of P: forward 2, backward 4 (arXiv 2001.08361, section 2.1), without the
+    2 of weights' gradients where those are an adapter's; 2 for what is computed again. A critic takes as many, and 2 for values.
+    """
+    update = (4 if layout.lora_rank else 6) + 2 * layout.checkpoint
+    return 2 * update + 2 if layout.critic else update
+
+
+def assumed(shape: Shape, device: Hardware, *, tensor_parallel: int, layout: Layout, context: float) -> Latencies:
     """A roofline (Williams et al. 2009): what is limited by memory takes bytes / bandwidth, what is not operations / flops.
 
     A decode step reads all weights once and each row's KV of `context` tokens; a prompt token costs 2 P operations, a trained
-    one 6 P (forward 2 P, backward 4 P; arXiv 2001.08361, section 2.1). A publish sends the weights once, and the engines
-    stand still while they copy them.
+    one what `trained_token` says. A publish sends the weights once, or the adapters, and the engines stand still while they
+    copy them.
     """
     p = shape.parameters
     bandwidth, flops = USED["bandwidth"] * device.bandwidth * tensor_parallel, USED["flops"] * device.flops
@@ -225,8 +233,8 @@ def assumed(shape: Shape, device: Hardware, *, tensor_parallel: int, ranks: int,
         decode_row=shape.kv_bytes(round(context), device.number) / bandwidth,
         prefill=2 * p / (flops * tensor_parallel),
         swap=2 * weights / bandwidth,
-        learn=6 * p / (flops * ranks),
-        publish=weights / (device.network * ranks),
+        learn=trained_token(layout) * p / (flops * layout.ranks),
+        publish=(shape.adapters(layout.lora_rank) or p) * device.number / (device.network * layout.ranks),
         cores=math.inf,
     )
 

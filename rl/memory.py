@@ -122,11 +122,12 @@ class LearnerMemory:
 
     weights: int
     gradients: int
+    """Of one model: those of an update are let go when it is done."""
     moments: int
     """AdamW's two (arXiv 1711.05101, algorithm 2)."""
     gathered: int
-    """Weights of other ranks that are at work: two layers (one is fetched ahead), and embedding and head, which stay. 0 with
-    one rank."""
+    """Weights of other ranks that are at work: two layers (one is fetched ahead) with their adapters, and embedding and head,
+    which stay. 0 with one rank."""
     activations: int
     workspace: int
     """The larger of two that are never there together: at the loss, logits, their log-softmax and two more tables of a chunk;
@@ -140,16 +141,16 @@ class LearnerMemory:
 
 def learner(shape: Shape, layout: Layout) -> LearnerMemory:
     """Peak memory of a learner rank. Sharded: weights, gradients, moments over `ranks`, tokens over `sequence_parallel`."""
-    trained = shape.adapters(layout.lora_rank) if layout.lora_rank else shape.parameters
-    everything = shape.parameters + (trained if layout.lora_rank else 0)
+    adapters = shape.adapters(layout.lora_rank)
+    trained = adapters or shape.parameters
     tokens = -(-layout.tokens // layout.sequence_parallel)
     models = layout.master * (2 if layout.critic else 1)
-    gathered = layout.compute * (2 * shape.layer + shape.ends) if layout.ranks > 1 else 0
+    gathered = layout.compute * (2 * (shape.layer + adapters // shape.layers) + shape.ends) if layout.ranks > 1 else 0
     chunk = 4 * min(tokens, CHUNK) * shape.vocab_size * 4  # in fp32 whatever is computed in
     flow = tokens * (3 * shape.inner + 4 * shape.hidden) * layout.compute
     return LearnerMemory(
-        weights=models * everything // layout.ranks,
-        gradients=models * trained // layout.ranks,
+        weights=models * (shape.parameters + adapters) // layout.ranks,
+        gradients=layout.master * trained // layout.ranks,
         moments=2 * models * trained // layout.ranks,
         gathered=gathered,
         activations=activations(shape, tokens, checkpoint=layout.checkpoint, number=layout.compute),

@@ -22,7 +22,6 @@ from rl.worker import RolloutWorker
 
 if TYPE_CHECKING:
     from policy.torch_engine import EngineConfig
-    from rl.learner import LearnerConfig
 
 
 PADDING = 1024
@@ -67,34 +66,6 @@ def engine_settings(config: Config) -> EngineConfig:
         threads=config.policy.threads,
         seed=config.seed,
         deadline_s=config.rollout.deadline if config.rollout.spawn == "ray" else 1e9,
-    )
-
-
-def learner_settings(config: Config) -> LearnerConfig:
-    """The learner's."""
-    from rl.learner import LearnerConfig
-
-    learn = config.learn
-    updates = max(1, config.steps - learn.critic_warmup_steps) * learn.minibatches
-    return LearnerConfig(
-        algorithm=learn.algorithm,
-        overrides=dict(learn.overrides),
-        lr=learn.lr,
-        warmup_steps=learn.warmup_steps,
-        decay_updates=updates if learn.schedule == "linear" else 0,
-        critic_lr=learn.critic_lr,
-        critic_warmup_steps=learn.critic_warmup_steps,
-        lora_rank=learn.lora_rank,
-        lora_alpha=learn.lora_alpha,
-        weight_decay=learn.weight_decay,
-        grad_clip=learn.grad_clip,
-        minibatches=learn.minibatches,
-        context=config.policy.max_context,
-        max_tokens=learn.max_tokens,
-        packing=learn.packing,
-        checkpoint_activations=learn.checkpoint_activations,
-        threads=learn.threads,
-        seed=config.seed,
     )
 
 
@@ -175,7 +146,8 @@ class LearnerPart:
             rendezvous=rendezvous,
             deadline=config.rollout.deadline,
         )
-        self.learner = Learner(learner_settings(config), config.model, place)
+        facts = {"context": config.policy.max_context, "steps": config.steps, "seed": config.seed}
+        self.learner = Learner(config.learn, config.model, place, **facts)
         self.ledger = Ledger(["idle", "train", "publish", "checkpoint"])
 
     def step(self, rows: Any) -> dict[str, Any]:

@@ -217,11 +217,6 @@ def plan(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     gpus = bool(args.gpus) or config.learn.device == "cuda"
     device = DEVICES[args.device if gpus else "cpu"]
     layout = layout_of(config)
-    if config.learn.max_tokens < config.policy.max_context:
-        raise ValueError(
-            f"learn.max_tokens={config.learn.max_tokens} is less than policy.max_context={config.policy.max_context}: one "
-            "trajectory might not fit; raise it"
-        )
     if gpus:
         device = replace(device, memory=args.gpu_memory_gb * 1e9) if args.gpu_memory_gb else device
         placements = (
@@ -263,7 +258,7 @@ def assumed_for(shape: Shape, device: Hardware, placement: Placement, book: Book
         shape,
         device,
         tensor_parallel=max(1, placement.tensor_parallel),
-        ranks=placement.layout.ranks,
+        layout=placement.layout,
         context=mean_context(book),
     )
     return latencies if placement.tensor_parallel else replace(latencies, cores=os.cpu_count() or 1)

@@ -72,8 +72,9 @@ class Alone:
         self.place, self.device = place, torch.device(place.device)
 
     def shard(self, model: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Take a share of `model` to the device, in place; returns `forward` with the model as its first argument."""
-        return partial(forward, model.to(self.device))
+        """Take a share of `model` to the device, in place; returns `forward` with the model as its first argument. What is on
+        the meta device stays there, for `policy.models.fill`."""
+        return partial(forward, model if _empty(model) else model.to(self.device))
 
     def layout(self, inside: Tensor, packed: bool) -> Padded:
         """How the model reads rows whose padding is where `inside` [B, T] is false."""
@@ -139,6 +140,10 @@ class Ranks(Alone):
     def close(self) -> None:
         """See `Alone.close`."""
         dist.destroy_process_group()
+
+
+def _empty(model: torch.nn.Module) -> bool:
+    return any(p.is_meta for p in model.parameters())
 
 
 def _owned(forward: Callable[..., tuple[Tensor, ...]], model: Any, *arguments: Any) -> tuple[Tensor, ...]:

@@ -94,11 +94,10 @@ def check(config: Config) -> None:
     settings, trackers."""
     from envs.registration import make
     from rl.curriculum import curriculum
-    from rl.parts import check_model, engine_settings, learner_settings
+    from rl.parts import check_model, engine_settings
 
     check_model(config)
     engine_settings(config)
-    learner_settings(config)
     _check_learner(config)
     metrics.check(config.track)
     curriculum(config)

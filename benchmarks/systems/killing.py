@@ -27,9 +27,9 @@ from policy.completion import Completion, Sampling, digest
 from policy.renderer import Renderer
 from rl import journal, loop, parts, record
 from rl.config import Config
-from rl.learner import StepReport
 from rl.ledger import Ledger
 from rl.train import train
+from rl.updates import StepReport
 
 KINDS = ("statement", "file", "event", "turn")
 """Where a fuse may strike: before an SQL statement of the journal, before an operation on a file in the run directory, before

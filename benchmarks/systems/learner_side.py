@@ -13,7 +13,8 @@ import torch
 
 from policy import models
 from rl.batch import Row
-from rl.learner import Learner, LearnerConfig
+from rl.learner import Learner
+from rl.updates import LearnConfig
 
 
 def used() -> int:
@@ -29,8 +30,8 @@ def peak() -> int:
 def ours(home: Path, batch: list[dict[str, Any]], micro: int, steps: int, context: int) -> dict[str, Any]:
     """`rl.learner.Learner`, with the algorithm `grpo`."""
     before = used()
-    settings = LearnerConfig(algorithm="grpo", lr=1e-6, context=context, threads=torch.get_num_threads())
-    learner = Learner(settings, home / "model")
+    settings = LearnConfig(algorithm="grpo", lr=1e-6, minibatches=1, threads=torch.get_num_threads())
+    learner = Learner(settings, home / "model", context=context)
     scores = learner.score([r["token_ids"] for r in batch])
     rows = [
         Row(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from benchmarks.systems.learner_side import peak, used
 from rl.batch import Row
-from rl.learner import Learner, LearnerConfig
+from rl.learner import Learner
+from rl.updates import LearnConfig
 
 
 def rows(count: int, tokens: int, vocabulary: int) -> list[Row]:
@@ -35,8 +36,9 @@ def rows(count: int, tokens: int, vocabulary: int) -> list[Row]:
 def main(model: str, context: int, max_tokens: int, count: int) -> None:
     """One update of a learner as a run would make it."""
     before = used()
-    learner = Learner(LearnerConfig(algorithm="grpo", lr=1e-6, context=context, max_tokens=max_tokens), Path(model))
-    learner.step(rows(count, context, learner.model.config.vocab_size))
+    settings = LearnConfig(algorithm="grpo", lr=1e-6, minibatches=1, max_tokens=max_tokens)
+    learner = Learner(settings, Path(model), context=context)
+    learner.step(rows(count, context, learner.policy.model.config.vocab_size))
     print(json.dumps({"peak": peak() - before}))
 
 

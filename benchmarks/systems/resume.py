@@ -32,9 +32,10 @@ from benchmarks.systems.base import row
 from benchmarks.systems.killing import KINDS, Fuse, seen_by, start
 from envs.errors import InfraError
 from rl import checkpoint
-from rl.config import Config, EnvConfig, EvalConfig, LearnConfig, PolicyConfig, RolloutConfig
+from rl.config import Config, EnvConfig, EvalConfig, PolicyConfig, RolloutConfig
 from rl.journal import Journal
 from rl.metrics import read
+from rl.updates import LearnConfig
 
 SPANS = {"statement": 120, "file": 60, "event": 40, "turn": 80}
 """A fuse strikes at one of so many events, all equally likely: within some two steps of a run."""

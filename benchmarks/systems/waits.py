@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import envs
-from rl.config import ROOT, Config, EnvConfig, EvalConfig, LearnConfig, PolicyConfig, RolloutConfig
+from rl.config import ROOT, Config, EnvConfig, EvalConfig, PolicyConfig, RolloutConfig
 from rl.metrics import read
+from rl.updates import LearnConfig
 
 TURNS = 3
 """Turns of an episode of `Turns`."""

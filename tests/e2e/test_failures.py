@@ -114,10 +114,18 @@ def test_one_of_two_engines_dies_and_the_run_goes_on_with_the_other(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize(("part", "ranks"), [("engine", 1), ("learner", 1), ("learner", 2)])
-def test_without_restarts_it_stops_in_one_line_and_is_resumed(tmp_path, part, ranks):
+@pytest.mark.parametrize(
+    ("part", "settings"),
+    [
+        ("engine", []),
+        ("learner", []),
+        ("learner", ["--learn.ranks=2"]),
+        ("learner", ["--learn.ranks=2", "--learn.algorithm=ppo", "--learn.lora_rank=4"]),
+    ],
+)
+def test_without_restarts_it_stops_in_one_line_and_is_resumed(tmp_path, part, settings):
     log = tmp_path / "log"
-    with begun(log, tmp_path, "--restarts=0", f"--learn.ranks={ranks}") as process:
+    with begun(log, tmp_path, "--restarts=0", *settings) as process:
         wait_for(log, "step 3/10", process)
         kill(process, f"ray::{part.capitalize()}Part")
         assert process.wait(600) == 1, log.read_text()[-3000:]

@@ -11,8 +11,8 @@ from policy import lora, models
 from policy.torch_engine import EngineConfig, TorchEngine
 from policy.weights import checksum, state_of
 from rl.batch import Row
-from rl.config import LearnConfig
-from rl.learner import Learner, LearnerConfig
+from rl.learner import Learner
+from rl.updates import LearnConfig
 
 torch.set_num_threads(1)
 V = 32
@@ -30,9 +30,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def learner(model_dir: Path, **changes: object) -> Learner:
-    settings = {"context": 64, "max_tokens": 128, "algorithm": "grpo", "lora_rank": 4, "lr": 1e-2, **changes}
-    return Learner(LearnerConfig(**settings), model_dir)  # type: ignore[arg-type]
+def learner(model_dir: Path, seed: int = 0, **changes: object) -> Learner:
+    settings = {"max_tokens": 128, "algorithm": "grpo", "lora_rank": 4, "lr": 1e-2, "minibatches": 1, **changes}
+    return Learner(LearnConfig(**settings), model_dir, context=64, seed=seed)  # type: ignore[arg-type]
 
 
 def some_rows(n: int, seed: int = 0) -> list[Row]:
@@ -55,7 +55,7 @@ def some_rows(n: int, seed: int = 0) -> list[Row]:
 
 
 def flat(x: Learner) -> torch.Tensor:
-    parts = [x.model, *([x.critic.model] if x.critic is not None else [])]
+    parts = [x.policy.model, *([x.critic.model] if x.critic is not None else [])]
     return torch.cat([p.detach().flatten() for part in parts for p in part.parameters()])
 
 
@@ -158,15 +158,15 @@ def test_engine_and_learner_agree_after_each_publish(model_dir: Path) -> None:
 @needs_peft
 def test_the_base_is_frozen_and_only_adapters_travel(model_dir: Path) -> None:
     x = learner(model_dir)
-    base = {k: v for k, v in state_of(x.model).items() if "lora_" not in k}
+    base = {k: v for k, v in state_of(x.policy.model).items() if "lora_" not in k}
     x.step(some_rows(8))
-    after = state_of(x.model)
+    after = state_of(x.policy.model)
     assert all((after[k] == v).all() for k, v in base.items())
     travels = x.weights()
     # per layer q, k, v, o: rank x (32 + 32); gate, up, down: rank x (32 + 64); two layers of rank 4
     assert sum(v.size for v in travels.values()) == 2 * 4 * (4 * 64 + 3 * 96)
     assert all(np.abs(v).max() > 0 for v in travels.values()), "every adapter learns"
-    trained = sum(p.numel() for group in x.optimizer.param_groups for p in group["params"])
+    trained = sum(p.numel() for group in x.policy.optimizer.param_groups for p in group["params"])
     assert trained == sum(v.size for v in travels.values())
 
 
@@ -196,7 +196,7 @@ def test_the_export_is_merged(model_dir: Path, tmp_path: Path) -> None:
     assert not any("lora" in name for name, _ in merged.named_parameters())
     expected = lora.merge(state_of(models.load(model_dir)), x.weights())
     assert checksum(state_of(merged)) == checksum(expected)
-    plain = Learner(LearnerConfig(context=64, max_tokens=128), tmp_path / "export")
+    plain = Learner(LearnConfig(max_tokens=128), tmp_path / "export", context=64)
     sequences = [row.token_ids for row in some_rows(4)]
     for mine, theirs in zip(plain.score(sequences), x.score(sequences), strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)

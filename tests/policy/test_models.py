@@ -70,6 +70,32 @@ def test_save_and_load_give_the_same_model_back(tmp_path) -> None:  # type: igno
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+def test_a_skeleton_has_no_weights_and_is_filled_as_the_model(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """In several files, in bf16; head and embedding apart; what the directory does not have is 0."""
+    model = models.build(ModelConfig(**{**SMALL.__dict__, "tie_embeddings": False}), 1).bfloat16()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model*.safetensors"))) > 1
+    skeleton = models.skeleton(tmp_path)
+    assert all(p.is_meta for p in skeleton.parameters()) and not any(b.is_meta for b in skeleton.buffers())
+    skeleton.more = torch.nn.Linear(2, 3, device="meta")
+    models.fill(skeleton, tmp_path)
+    assert not skeleton.more.weight.any() and skeleton.more.weight.requires_grad
+    for name, p in model.named_parameters():
+        found = skeleton.get_parameter(name)
+        assert torch.equal(found, p.float()) and found.dtype == torch.float32 and found.requires_grad
+    for (name, b), (_, other) in zip(model.named_buffers(), skeleton.named_buffers(), strict=True):
+        assert b.float().allclose(other, rtol=1e-2), name
+
+
+def test_a_weight_that_is_no_number_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = models.build(SMALL, 1)
+    model.model.norm.weight.data[3] = float("nan")
+    models.save(model, tmp_path)
+    with pytest.raises(ValueError, match="'model.norm.weight' holds NaN") as error:
+        models.load(tmp_path)
+    one_line(error, str(tmp_path))
+
+
 def test_a_broken_checkpoint_is_one_line(tmp_path) -> None:  # type: ignore[no-untyped-def]
     def broken(*parts: str) -> None:
         with pytest.raises(ValueError) as error:
@@ -124,13 +150,10 @@ def test_checksum_sees_names_shapes_and_values_but_not_the_order() -> None:
     assert len(seen) == 4
 
 
-def test_load_into_copies_and_refuses_what_does_not_fit() -> None:
-    source, target = models.build(SMALL, 1), models.build(SMALL, 2)
-    state = weights.state_of(source)
-    for value in state.values():
-        value.flags.writeable = False  # as Ray's object store hands them out
-    weights.load_into(target, state)
-    assert weights.checksum(weights.state_of(target)) == weights.checksum(state)
+def test_what_does_not_fit_is_named() -> None:
+    model = models.build(SMALL, 1)
+    state, shapes = weights.state_of(model), {name: p.shape for name, p in model.named_parameters()}
+    weights.check_fit(state, shapes, "version 1")
     name = "model.layers.0.mlp.up_proj.weight"
     wrong = {
         "missing": {k: v for k, v in state.items() if k != name},
@@ -140,5 +163,5 @@ def test_load_into_copies_and_refuses_what_does_not_fit() -> None:
     }
     for part, bad in wrong.items():
         with pytest.raises(ValueError) as error:
-            weights.load_into(target, bad)
+            weights.check_fit(bad, shapes, "version 1")
         one_line(error, part)

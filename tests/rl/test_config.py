@@ -55,6 +55,10 @@ def test_overrides():
         ),
         ("learn.ranks=0", r"learn.ranks=0 is too small; give at least 1"),
         ("learn.sequence_parallel=2", r"learn.sequence_parallel=2 does not divide learn.ranks=1; give a divisor"),
+        (
+            "learn.max_tokens=700",
+            r"learn.max_tokens=700 is less than policy.max_context=768: one trajectory might not fit",
+        ),
         ("steps.x=1", r"'steps' is a value, not a section"),
     ],
 )
@@ -94,9 +98,3 @@ def test_the_laptop_run_keeps_32_episodes_in_flight():
 def test_threads_have_no_ranks():
     with pytest.raises(ValueError, match=r"learn.ranks=2 are processes, and rollout.spawn='threads' has none; [^\n]*$"):
         load(ROOT / "rl/recipes/tiny.toml", ["learn.ranks=2", "rollout.spawn=threads"])
-
-
-def test_ranks_shard_neither_a_critic_nor_adapters():
-    for change in ("learn.algorithm=ppo", "learn.lora_rank=4"):
-        with pytest.raises(ValueError, match=r"learn.ranks=2 shard neither adapters .* take one rank"):
-            load(ROOT / "rl/recipes/tiny.toml", ["learn.ranks=2", change])

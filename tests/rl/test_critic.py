@@ -11,10 +11,10 @@ from agents.trajectory import Group, Segment, Trajectory
 from policy import models
 from rl.advantages import PRESETS, algorithm
 from rl.batch import Row, microbatches, rows_of
-from rl.config import LearnConfig
-from rl.critic import quality, valued
-from rl.learner import Learner, LearnerConfig
+from rl.critic import loss_of, quality, valued
+from rl.learner import Learner
 from rl.metrics import GLOSSARY
+from rl.updates import LearnConfig
 
 torch.set_num_threads(1)
 V = 32
@@ -30,8 +30,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learner(model_dir: Path, **changes: object) -> Learner:
-    settings = {"context": 64, "max_tokens": 128, "algorithm": "ppo", "minibatches": 2, **changes}
-    return Learner(LearnerConfig(**settings), model_dir)  # type: ignore[arg-type]
+    settings = {"max_tokens": 128, "algorithm": "ppo", "minibatches": 2, "lr": 3e-4, **changes}
+    return Learner(LearnConfig(**settings), model_dir, context=64)  # type: ignore[arg-type]
 
 
 def some_rows(n: int, seed: int = 0) -> list[Row]:
@@ -51,6 +51,10 @@ def some_rows(n: int, seed: int = 0) -> list[Row]:
             )
         )
     return rows
+
+
+def ids(rows: list[Row]) -> list[list[int]]:
+    return [list(r.token_ids) for r in rows]
 
 
 def flat(*parts: torch.nn.Module) -> torch.Tensor:
@@ -153,9 +157,9 @@ def test_a_value_knows_what_was_before_its_token(model_dir: Path) -> None:
     critic = learner(model_dir).critic
     assert critic is not None
     rows = some_rows(6)
-    assert all(v == 0 for values in critic.values(rows) for v in values), "the head begins at zero"
+    assert all(v == 0 for values in critic.scan(ids(rows)) for v in values), "the head begins at zero"
     torch.nn.init.normal_(critic.model.head.weight)
-    for r, values in zip(rows, critic.values(rows), strict=True):
+    for r, values in zip(rows, critic.scan(ids(rows)), strict=True):
         assert len(values) == len(r.token_ids) and values[0] == 0
         for t in (1, len(values) - 1):
             with torch.no_grad():
@@ -166,7 +170,7 @@ def test_a_value_knows_what_was_before_its_token(model_dir: Path) -> None:
 def test_it_fits_returns_that_its_tokens_tell(model_dir: Path) -> None:
     """The first token says what an episode will return; the policy keeps still, as all is warm-up."""
     x = learner(model_dir, critic_lr=1e-2, critic_warmup_steps=100, grad_clip=1e9)
-    rng, before = random.Random(3), flat(x.model)
+    rng, before = random.Random(3), flat(x.policy.model)
 
     def batch() -> list[Row]:
         rows = []
@@ -181,19 +185,19 @@ def test_it_fits_returns_that_its_tokens_tell(model_dir: Path) -> None:
     print(first, last)
     assert first["explained_variance"] == 0 and last["explained_variance"] > 0.95
     assert last["value"] == pytest.approx(0.5, abs=0.2) and last["value_loss"] < first["value_loss"] / 10
-    assert torch.equal(flat(x.model), before) and x.version == 25 and x.updates == 0
+    assert torch.equal(flat(x.policy.model), before) and x.version == 25 and x.updates == 0
     assert set(last) <= set(GLOSSARY)
 
 
 def test_the_critic_learns_first_and_the_policy_then(model_dir: Path) -> None:
     x = learner(model_dir, critic_warmup_steps=1)
     assert x.critic is not None
-    policy, critic = flat(x.model), flat(x.critic.model)
+    policy, critic = flat(x.policy.model), flat(x.critic.model)
     report = x.step(some_rows(8))
-    assert torch.equal(flat(x.model), policy) and not torch.equal(flat(x.critic.model), critic)
+    assert torch.equal(flat(x.policy.model), policy) and not torch.equal(flat(x.critic.model), critic)
     assert (report.updates, report.tokens, x.version) == (0, 0, 1)
     report = x.step(some_rows(8))
-    assert not torch.equal(flat(x.model), policy) and report.updates == 2
+    assert not torch.equal(flat(x.policy.model), policy) and report.updates == 2
 
 
 def test_all_updates_of_a_batch_have_the_values_that_began_it(model_dir: Path, monkeypatch) -> None:
@@ -201,8 +205,8 @@ def test_all_updates_of_a_batch_have_the_values_that_began_it(model_dir: Path, m
     assert x.critic is not None
     x.step(some_rows(8))
     rows, seen, update = some_rows(8, 1), [], x.critic.update
-    expected = {tuple(r.token_ids): v for r, v in zip(rows, x.critic.values(rows), strict=True)}
-    monkeypatch.setattr(x.critic, "update", lambda part, clip: (seen.extend(part), update(part, clip))[1])
+    expected = {tuple(r.token_ids): v for r, v in zip(rows, x.critic.scan(ids(rows)), strict=True)}
+    monkeypatch.setattr(x.critic, "update", lambda part, *a: (seen.extend(part), update(part, *a))[1])
     x.step(rows)
     assert len(seen) == 8 and all(r.values == expected[tuple(r.token_ids)] for r in seen)
     assert any(v for values in expected.values() for v in values)
@@ -214,20 +218,20 @@ def test_small_microbatches_give_the_update_of_one_batch(model_dir: Path) -> Non
         x = learner(model_dir, max_tokens=budget, lr=1e-2)
         assert x.critic is not None
         for _ in range(3):
-            rows = valued(some_rows(12), x.critic.values(some_rows(12)), PRESETS["ppo"])
-            losses.append(x.critic.update(rows, 0.2))
+            rows = valued(some_rows(12), x.critic.scan(ids(some_rows(12))), PRESETS["ppo"])
+            losses.append(x.critic.update(rows, loss_of(rows, 0.2), 1e-2).loss)
     assert losses[:3] == pytest.approx(losses[3:], rel=1e-4) and losses[2] < losses[0]
 
 
 def test_an_update_that_is_not_finite_is_skipped(model_dir: Path) -> None:
     x = learner(model_dir)
     assert x.critic is not None
-    before = flat(x.model, x.critic.model)
+    before = flat(x.policy.model, x.critic.model)
     report = x.step([*some_rows(4), row([0, 1], float("inf"))])
     assert report.updates == 0 and report.skipped > 0 and x.version == 1
-    clean = [v for values in x.critic.values(some_rows(4)) for v in values]
-    assert all(v == v for v in clean) and not torch.isnan(flat(x.model, x.critic.model)).any()
-    assert torch.equal(flat(x.model), before[: len(flat(x.model))])
+    clean = [v for values in x.critic.scan(ids(some_rows(4))) for v in values]
+    assert all(v == v for v in clean) and not torch.isnan(flat(x.policy.model, x.critic.model)).any()
+    assert torch.equal(flat(x.policy.model), before[: len(flat(x.policy.model))])
 
 
 # ---------------------------------------------------------------------- state
@@ -246,7 +250,7 @@ def test_resuming_is_bitwise(model_dir: Path, tmp_path: Path, steps: int) -> Non
     for i in range(steps, steps + 2):
         reports = [x.step(some_rows(8, i)).metrics for x in (plain, saved, resumed)]
         assert reports[0] == reports[1] == reports[2]
-    everything = [flat(x.model, x.critic.model) for x in (plain, saved, resumed) if x.critic is not None]
+    everything = [flat(x.policy.model, x.critic.model) for x in (plain, saved, resumed) if x.critic is not None]
     assert torch.equal(everything[0], everything[1]), "saving must not change a run"
     assert torch.equal(everything[0], everything[2])
 
@@ -261,7 +265,7 @@ def test_a_checkpoint_without_a_critic_is_refused(model_dir: Path, tmp_path: Pat
     x.save(tmp_path / "with")
     other = learner(model_dir, algorithm="grpo")
     other.load(tmp_path / "with")
-    assert torch.equal(flat(other.model), flat(x.model))
+    assert torch.equal(flat(other.policy.model), flat(x.policy.model))
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,11 @@ from policy.scripted import ScriptedPolicy, replies
 from rl import checkpoint, parts, train
 from rl.config import ROOT, load
 from rl.journal import Journal
-from rl.learner import Learner, LearnerConfig
+from rl.learner import Learner
 from rl.loop import Loop
 from rl.record import Record
 from rl.spawn import PartGone
+from rl.updates import LearnConfig
 
 
 def trained(directory):
@@ -103,7 +104,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch, mome
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_a_learner_without_room_for_its_state_says_that_the_disk_is_full(tmp_path):
     """torch's own error is of positions in a file."""
-    learner = Learner(LearnerConfig(), ROOT / "policy/cwm_tiny")
+    learner = Learner(LearnConfig(), ROOT / "policy/cwm_tiny", context=512)
     with disk(tmp_path / "small", 3) as small:
         with pytest.raises(OSError) as error:
             checkpoint.write(small / "checkpoints", 1, learner.save)

@@ -9,8 +9,9 @@ import torch
 from policy import models
 from rl.advantages import PRESETS
 from rl.batch import Row
-from rl.learner import Learner, LearnerConfig, learning_rate
+from rl.learner import Learner
 from rl.metrics import GLOSSARY
+from rl.updates import LearnConfig
 
 torch.set_num_threads(1)
 V = 32
@@ -26,7 +27,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def learner(model_dir: Path, **changes: object) -> Learner:
-    return Learner(LearnerConfig(**{"context": 64, "max_tokens": 128, **changes}), model_dir)  # type: ignore[arg-type]
+    settings = {"max_tokens": 128, "lr": 3e-4, "minibatches": 1, **changes}
+    return Learner(LearnConfig(**settings), model_dir, context=64)  # type: ignore[arg-type]
 
 
 def some_rows(n: int, seed: int = 0) -> list[Row]:
@@ -48,7 +50,7 @@ def some_rows(n: int, seed: int = 0) -> list[Row]:
 
 
 def flat(x: Learner) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in x.model.parameters()])
+    return torch.cat([p.detach().flatten() for p in x.policy.model.parameters()])
 
 
 def test_score_is_the_models_log_softmax(model_dir: Path) -> None:
@@ -61,7 +63,7 @@ def test_score_is_the_models_log_softmax(model_dir: Path) -> None:
             assert score == [0.0] * len(sequence)
             continue
         with torch.no_grad():
-            table = x.model(torch.tensor([sequence])).logits[0].log_softmax(-1)
+            table = x.policy.model(torch.tensor([sequence])).logits[0].log_softmax(-1)
         expected = [float(table[t, sequence[t + 1]]) for t in range(len(sequence) - 1)]
         assert score[0] == 0.0 and score[1:] == pytest.approx(expected, abs=1e-5)
 
@@ -157,14 +159,16 @@ def test_the_first_update_is_adams(model_dir: Path) -> None:
 
 
 def test_warmup_by_hand() -> None:
-    config = LearnerConfig(lr=1.0, warmup_steps=4)
-    assert [learning_rate(config, i) for i in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert learning_rate(LearnerConfig(lr=1.0), 0) == 1.0
+    config = LearnConfig(lr=1.0, warmup_steps=4)
+    assert [config.rate(i, 2) for i in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert LearnConfig(lr=1.0).rate(0, 1) == 1.0
 
 
 def test_decay_by_hand() -> None:
-    config = LearnerConfig(lr=1.0, warmup_steps=2, decay_updates=4)
-    assert [learning_rate(config, i) for i in range(6)] == [0.5, 0.75, 0.5, 0.25, 0.0, 0.0]
+    config = LearnConfig(lr=1.0, warmup_steps=2, schedule="linear", minibatches=2)
+    assert [config.rate(i, 2) for i in range(6)] == [0.5, 0.75, 0.5, 0.25, 0.0, 0.0]
+    warming = LearnConfig(lr=1.0, schedule="linear", minibatches=2, algorithm="ppo", critic_warmup_steps=3)
+    assert [warming.rate(i, 5) for i in range(5)] == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -226,14 +230,14 @@ def test_weights_are_copies_and_the_export_loads(model_dir: Path, tmp_path: Path
     ("settings", "message"),
     [
         ({"algorithm": "cwn"}, "algorithm='cwn' is unknown; .* Did you mean 'cwm'"),
-        ({"max_tokens": 10, "context": 20}, "learner.max_tokens=10 is less than learner.context=20"),
-        ({"lr": 0.0}, "learner.lr=0.0 must be positive"),
+        ({"lr": 0.0}, "learn.lr=0.0 must be positive"),
+        ({"minibatches": 0}, "learn.minibatches=0 is too small; give at least 1"),
         ({"overrides": {"clip": 1}}, "algorithm 'cwm': unknown key 'clip'; .* Did you mean 'clip_low'"),
     ],
 )
 def test_mistakes_are_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LearnerConfig(**settings)  # type: ignore[arg-type]
+        LearnConfig(**settings)  # type: ignore[arg-type]
 
 
 def bandit(x: Learner, control: str, steps: int = 30) -> float:

@@ -7,6 +7,7 @@ import torch
 
 from policy import models
 from policy.models import ModelConfig
+from rl.latencies import trained_token
 from rl.losses import token_logprobs
 from rl.memory import Layout, Shape, activations, engine, fit, gb, learner
 
@@ -83,8 +84,21 @@ def test_a_learner_rank_by_hand() -> None:
     assert four.activations == activations(TINY, 500, checkpoint=True, number=2)
     critic = learner(TINY, Layout(tokens=1000, critic=True))
     assert (critic.weights, critic.moments, critic.activations) == (8 * p, 16 * p, alone.activations)
+    assert critic.gradients == 4 * p  # of one model at a time
     lora = learner(TINY, Layout(tokens=1000, lora_rank=2))
     assert (lora.weights, lora.gradients, lora.moments) == (4 * (p + 20_480), 4 * 20_480, 8 * 20_480)
+    both = learner(TINY, Layout(tokens=1000, ranks=2, critic=True, lora_rank=2))
+    assert (both.weights, both.gradients, both.moments) == (4 * (p + 20_480), 2 * 20_480, 8 * 20_480)
+    assert both.gathered == 4 * (2 * (TINY.layer + 20_480 // 4) + 512 * 128 + 128)
+
+
+@pytest.mark.parametrize(
+    ("layout", "operations"),
+    [({}, 6), ({"checkpoint": True}, 8), ({"lora_rank": 8}, 4), ({"critic": True}, 14), ({"critic": True, "lora_rank": 8}, 10)],
+)  # fmt: skip
+def test_operations_of_a_trained_token(layout: dict[str, bool], operations: int) -> None:
+    """Forward 2 P, backward 4 P; adapters spare the frozen weights' gradients; a critic: the same again, and 2 P for values."""
+    assert trained_token(Layout(tokens=1, **layout)) == operations
 
 
 def test_what_does_not_fit_says_what_would_help() -> None:

@@ -9,8 +9,9 @@ import torch
 
 from rl.attention import check_heads
 from rl.batch import Row, microbatches
-from rl.learner import Learner, LearnerConfig
+from rl.learner import Learner
 from rl.packing import Packed, Sharing
+from rl.updates import LearnConfig
 from tests.rl.packs import V, mixed_model, some_rows
 
 torch.set_num_threads(1)
@@ -73,14 +74,15 @@ def scores(x: Learner, rows: list[Row]) -> list[list[float]]:
 
 
 def learner(packing: str, **changes: object) -> Learner:
-    return Learner(LearnerConfig(**{"context": 64, "max_tokens": 512, "packing": packing, **changes}), mixed_model())  # type: ignore[arg-type]
+    settings = {"max_tokens": 512, "packing": packing, "lr": 3e-4, "minibatches": 1, **changes}
+    return Learner(LearnConfig(**settings), mixed_model(), context=64)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
 def test_rows_of_a_pack_never_see_one_another(changed: int) -> None:
     """Other tokens in one row, before, between or behind the others: the others' log-probs stay, bit by bit."""
     x, rows = learner("packed"), some_rows(3)
-    assert len(x.sharing.mine([len(r.token_ids) for r in rows], 512)) == 1
+    assert len(x.policy.sharing.mine([len(r.token_ids) for r in rows], 512)) == 1
     other = replace(rows[changed], token_ids=[(t + 7) % V for t in rows[changed].token_ids])
     before, after = scores(x, rows), scores(x, [other if i == changed else r for i, r in enumerate(rows)])
     for i in range(3):
@@ -102,7 +104,7 @@ def test_packed_and_padded_rows_give_the_same_update(preset: str) -> None:
         other.grad_norm, rel=1e-9
     )
     assert one.metrics == pytest.approx(other.metrics, abs=1e-9) and one.positions < other.positions
-    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+    for p, q in zip(a.policy.model.parameters(), b.policy.model.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=0, atol=1e-9)
 
 
@@ -117,7 +119,7 @@ def kept(x: Learner) -> int:
 
     rows = torch.stack([torch.arange(40) % V])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        x._logprobs(rows, rows, torch.ones(1, 40, dtype=torch.bool))
+        x.policy.forward(rows, rows, torch.ones(1, 40, dtype=torch.bool))
     return total
 
 
@@ -126,7 +128,7 @@ def test_checkpointed_activations_give_the_same_update(packing: str) -> None:
     a, b = learner(packing, checkpoint_activations=True), learner(packing)
     one, other = a.step(some_rows(6)), b.step(some_rows(6))
     assert (one.loss, one.grad_norm) == (other.loss, other.grad_norm)
-    assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(a.policy.model.parameters(), b.policy.model.parameters(), strict=True))
     assert kept(a) < kept(b) / 3
 
 

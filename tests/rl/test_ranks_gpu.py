@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from rl.attention import _varlen, attend
-from rl.learner import Learner, LearnerConfig
+from rl.learner import Learner
 from rl.packing import Packed
 from rl.ranks import Place
+from rl.updates import LearnConfig
 from tests.rl.packs import mixed_model, on_ranks, some_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="gpu: torch sees none")
@@ -35,9 +36,9 @@ def test_variable_length_attention_is_that_under_the_mask(window: int | None) ->
 
 def scored(place: Place) -> tuple[bool, list[list[float]]]:
     """Whether rows were packed, and their scores after a batch."""
-    x = Learner(LearnerConfig(context=64, max_tokens=512, lr=1e-4), mixed_model().float(), place)
+    x = Learner(LearnConfig(max_tokens=512, lr=1e-4, minibatches=1), mixed_model().float(), place, context=64)
     x.step(some_rows(11))
-    return x.sharing.packed, x.score([r.token_ids for r in some_rows(9, 77)])
+    return x.policy.sharing.packed, x.score([r.token_ids for r in some_rows(9, 77)])
 
 
 def test_a_rank_over_nccl_scores_as_the_cpu(tmp_path: Path) -> None:
