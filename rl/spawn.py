@@ -11,6 +11,7 @@ Parts that only work together (learner ranks) are one `JointHandle`.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -222,6 +223,9 @@ def start(mode: Mode, address: str = "") -> None:
     own: dict[str, Any] = {} if address else {"include_dashboard": False}
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     try:
+        host, _, port = address.rpartition(":")
+        if port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), 10).close()
         ray.init(
             address=address or "local",  # never another run's cluster by chance
             logging_level="ERROR",
@@ -229,7 +233,7 @@ def start(mode: Mode, address: str = "") -> None:
             runtime_env={"env_vars": environment},
             **own,
         )
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         if not address:
             raise
         raise InfraError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,7 @@ def test_parts_are_where_they_belong_and_a_lost_node_ends_no_run(tmp_path, monke
         cluster.shutdown()
 
 
-@pytest.mark.slow
 def test_where_no_cluster_answers_it_is_one_line(tmp_path):
-    import subprocess
-
     address = "127.0.0.1:1"
     done = subprocess.run(
         command(tmp_path, f"--rollout.address={address}"), capture_output=True, text=True, timeout=300
