@@ -88,7 +88,7 @@ class Learner:
         """The model, or what `of` makes of it, sharded before it gets its weights, the base frozen where there are adapters."""
         config, place = self.config, self.place
         stored = isinstance(self.source, Path)
-        base = models.skeleton(self.source) if stored else deepcopy(self.source)
+        base: Any = models.skeleton(self.source) if stored else deepcopy(self.source)
         packed = config.packing == "packed" or (config.packing == "auto" and (place.varlen or place.sequence > 1))
         assert packed or place.sequence == 1, "padded rows can't be split"
         sharing = place.sharing(packed=packed, pair_cost=_pair_cost(base))

@@ -46,7 +46,7 @@ def some_steps(
     for i in range(steps):
         rows = some_rows(11, i)
         if i == 1:
-            rows[3] = replace(rows[3], advantage=float("nan"))
+            rows[2] = replace(rows[2], advantage=float("nan"))
         reports.append(asdict(x.step(rows)))
     return {
         "weights": full(x),
