@@ -42,8 +42,11 @@ class FormatError:
     text: str
 
 
-def parse(action: str, tools: Sequence[str]) -> ToolCall | FormatError:
-    """The one tool call of an action. Text around it is allowed; a second call, a stray tag or an empty body is not."""
+def parse(action: str, tools: Sequence[str], bodiless: Sequence[str] = ("submit",)) -> ToolCall | FormatError:
+    """The one tool call of an action. Text around it is allowed; a second call, a stray tag or an empty body is not.
+
+    bodiless: tools whose body may be empty.
+    """
     opened, closed = len(re.findall(r"<tool: ", action)), action.count("</tool>")
     if opened != 1 or closed != 1:
         return FormatError(f"Error: expected one tool call, found {opened} opening and {closed} closing tags.")
@@ -53,7 +56,7 @@ def parse(action: str, tools: Sequence[str]) -> ToolCall | FormatError:
     name, body = match.group(1), match.group(2) or ""
     if name not in tools:
         return FormatError(f"Error: unknown tool {name!r}. Tools: {', '.join(tools)}.")
-    if name != "submit" and not body.strip():
+    if name not in bodiless and not body.strip():
         return FormatError(f"Error: the body of {name} is empty.")
     return ToolCall(name, body)
 

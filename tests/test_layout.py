@@ -25,7 +25,9 @@ def test_no_module_is_named_like_the_standard_library():
     assert not taken
 
 
-@pytest.mark.parametrize("module", ["envs", "agents.episode", "policy.renderer", "policy.scripted", "envs.swe.env"])
+@pytest.mark.parametrize(
+    "module", ["envs", "agents.play", "policy.endpoint", "policy.serve", "policy.scripted", "envs.swe.env"]
+)
 def test_the_light_half_imports_nothing_heavy(module):
     code = f"import {module}, sys; print([m for m in ('torch', 'ray', 'vllm', 'transformers', 'trl', 'docker') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -41,6 +43,8 @@ def test_the_light_half_imports_nothing_heavy(module):
         ["-m", "rl", "bootstrap"],
         ["-m", "envs"],
         ["-m", "envs", "play"],
+        ["-m", "agents", "play"],
+        ["-m", "policy", "serve"],
         ["-m", "benchmarks"],
     ],
 )
