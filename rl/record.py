@@ -143,6 +143,7 @@ class Record:
             "live_groups": report.live_groups / max(1, report.groups),
             "kept": report.kept / max(1, report.trajectories),
             "turns": report.turns,
+            "branches": report.branches,
             "tokens": report.tokens,
             "action_tokens": report.action_tokens,
             "train_seconds": round(step["wall_seconds"], 4),
