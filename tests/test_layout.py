@@ -25,7 +25,9 @@ def test_no_module_is_named_like_the_standard_library():
     assert not taken
 
 
-@pytest.mark.parametrize("module", ["envs", "agents.episode", "policy.renderer", "policy.scripted", "envs.swe.env"])
+@pytest.mark.parametrize(
+    "module", ["envs", "agents.episode", "policy.renderer", "policy.template", "policy.scripted", "envs.swe.env"]
+)
 def test_the_light_half_imports_nothing_heavy(module):
     code = f"import {module}, sys; print([m for m in ('torch', 'ray', 'vllm', 'transformers', 'trl', 'docker') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
