@@ -342,7 +342,8 @@ class Budget:
 
     def decide(self) -> Turns:
         """Decision: what is parked and what runs now. Ask after every event."""
-        turns, names, free = Turns([], []), list(self._held), self.tokens - self.used
+        turns, names = Turns([], []), list(self._held)
+        free = self.tokens if self.tokens == math.inf else self.tokens - self.used
         for at, name in enumerate(names):
             held = self._held[name]
             if held.asked is None:

@@ -162,6 +162,7 @@ def test_a_setup_that_is_none_is_refused_in_one_line():
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_repository_that_no_episode_sets_up_is_refused(setting, renderer):
     store, base, source, backend, cache = setting
     with pytest.raises(Refused, match="agent: 1 episodes, the last ended submitted: tests: none could be collected"):

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.systems import grading
 
 
+@pytest.mark.slow
 @pytest.mark.docker
 @pytest.mark.native
 def test_it_measures_a_toy_instance_that_is_resolved() -> None:

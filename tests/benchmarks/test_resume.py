@@ -24,6 +24,7 @@ def measured(out, *arguments):
     return {row["what"]: row for row in json.loads(out.read_text())["rows"]}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_group_is_trained_once_or_dropped_whenever_runs_are_killed(tmp_path):
     """50 kills and more: at statements of the journal, at files, between events and in the middle of episodes."""

@@ -51,6 +51,7 @@ def as_nobody(place, command, stdin=""):
     )
 
 
+@pytest.mark.slow
 def test_two_steps_of_training(place):
     """`make train` with an installed environment: the installation itself is what CI begins with."""
     arguments = f"ARGS='{SMALL} --runs={place}/home/runs'"
