@@ -162,14 +162,13 @@ class Learner:
         divisor = normaliser(
             self.algorithm,
             action_tokens=sum(row.action_tokens for row in rows),
-            rows=sum(row.action_tokens > 0 for row in rows),
             trajectories=len(by_trajectory(rows)),
             context=self.context,
         )
 
         def loss(batch: MicroBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, float]]:
             terms = (logprobs, batch.behaviour, batch.advantages, batch.mask)
-            return policy_loss(*terms, self.algorithm, divisor, old=batch.old, entropy=entropy)
+            return policy_loss(*terms, self.algorithm, divisor, old=batch.old, entropy=entropy, lengths=batch.lengths)
 
         return loss
 
