@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from envs.errors import InfraError
+from envs.fields import build
+from policy.engine import LABELS, Engine
 from policy.renderer import Renderer
 from rl.admission import Budget
 from rl.config import Config
@@ -21,6 +23,7 @@ from rl.worker import RolloutWorker
 
 if TYPE_CHECKING:
     from policy.torch_engine import EngineConfig
+    from policy.vllm_engine import VllmConfig
     from rl.learner import LearnerConfig
 
 
@@ -55,18 +58,34 @@ def check_model(config: Config) -> None:
         )
 
 
-def engine_settings(config: Config) -> EngineConfig:
-    """The torch engine's: its slots are the episodes in flight, or as many as the KV budget holds."""
-    from policy.torch_engine import EngineConfig
-
+def engine_settings(config: Config) -> EngineConfig | VllmConfig:
+    """The engine's: its slots are the episodes in flight, or as many as the KV budget holds."""
     fit = config.admission.kv_tokens // config.policy.max_context
-    return EngineConfig(
-        slots=min(config.rollout.in_flight, fit or config.rollout.in_flight),
-        max_context=config.policy.max_context,
-        threads=config.policy.threads,
-        seed=config.seed,
-        deadline_s=config.rollout.deadline if config.rollout.spawn == "ray" else 1e9,
-    )
+    derived: dict[str, Any] = {
+        "slots": min(config.rollout.in_flight, fit or config.rollout.in_flight),
+        "max_context": config.policy.max_context,
+        "threads": config.policy.threads,
+        "seed": config.seed,
+        "deadline_s": config.rollout.deadline if config.rollout.spawn == "ray" else 1e9,
+    }
+    if config.policy.engine == "torch":
+        from policy.torch_engine import EngineConfig
+
+        return EngineConfig(**derived)
+    from policy.vllm_engine import VllmConfig
+
+    if twice := derived.keys() & config.policy.vllm.keys():
+        raise ValueError(f"policy.vllm.{min(twice)} follows from the rest of the recipe; leave it out")
+    return build(VllmConfig, {**derived, **config.policy.vllm}, "policy.vllm")
+
+
+def check_engine(config: Config) -> None:
+    """`ValueError` where the engine can't be had here, or not so."""
+    settings = engine_settings(config)
+    if config.policy.engine == "vllm":
+        from policy import vllm_engine
+
+        vllm_engine.check(config.model, cast("VllmConfig", settings))
 
 
 def learner_settings(config: Config) -> LearnerConfig:
@@ -97,16 +116,21 @@ def learner_settings(config: Config) -> LearnerConfig:
     )
 
 
-def engine_part(config: Config) -> Any:
-    """The torch engine on the recipe's model."""
+def engine_part(config: Config) -> Engine:
+    """The recipe's engine on its model."""
+    settings = engine_settings(config)
+    if config.policy.engine == "vllm":
+        from policy.vllm_engine import VllmEngine
+
+        return VllmEngine(config.model, cast("VllmConfig", settings))
     from policy import models
     from policy.torch_engine import TorchEngine
 
-    return TorchEngine(models.load(config.model), engine_settings(config))
+    return TorchEngine(models.load(config.model), cast("EngineConfig", settings))
 
 
 class EnginePart:
-    """`TorchEngine` behind its gate as a part: made where it runs, from the config alone."""
+    """The engine behind its gate as a part: made where it runs, from the config alone."""
 
     def __init__(self, config: Config) -> None:
         self.engine = engine_part(config)
@@ -139,15 +163,14 @@ class EnginePart:
         return version
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """See `TorchEngine.score`."""
-        scores: list[list[float]] = self.engine.score(sequences)
-        return scores
+        """See `Engine.score`."""
+        return self.engine.score(sequences)
 
     def stats(self) -> dict[str, Any]:
-        """`seconds` per label, the counts of `TorchEngine.stats`, and its `paces`; `parked`: episodes whose KV was given up for
+        """`seconds` per label, the counts of the engine's `stats`, and its `paces`; `parked`: episodes whose KV was given up for
         older ones."""
         stats = self.engine.stats()
-        seconds = {label: stats.pop(label) for label in ("prefill", "decode", "swap", "score", "idle")}
+        seconds = {label: stats.pop(label) for label in LABELS}
         return {"seconds": seconds, **stats, "paces": self.engine.paces(), "parked": self.gate.parked}
 
     def close(self) -> None:
@@ -235,7 +258,11 @@ def start_worker(config: Config, engine: Handle, index: int) -> Handle:
     return spawn(RolloutWorker, config, engine, mode=mode, name=name, concurrency=episodes + 2)
 
 
-def await_start(parts: Sequence[Handle], deadline: float = 180.0) -> None:
+START = {"torch": 180.0, "vllm": 900.0}
+"""Seconds that parts have to start, by engine: vLLM reads, compiles and measures large models."""
+
+
+def await_start(parts: Sequence[Handle], deadline: float = START["torch"]) -> None:
     """Return when every part answers; `InfraError` after `deadline` seconds, and what a constructor raised (a bad model, a
     bad env)."""
     wait = [(part, part.call("stats")) for part in parts]
@@ -273,7 +300,7 @@ class Parts:
         self.engine: Handle = spawn(EnginePart, config, mode=mode, name="engine", concurrency=episodes + 8)
         self.learner = start_learner(config)
         self.workers = [start_worker(config, self.engine, i) for i in range(config.rollout.workers)]
-        await_start((self.engine, self.learner, *self.workers))
+        await_start((self.engine, self.learner, *self.workers), START[config.policy.engine])
 
     def replace(self, index: int, dead: Handle) -> None:
         """Start worker `index` again, unless that was done since `dead` was in its place."""

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import InfraError
+from policy.engine import COUNTS
 from policy.renderer import Renderer
-from policy.torch_engine import COUNTS
 from rl import checkpoint
 from rl.batch import BatchReport
 from rl.config import Config, dump

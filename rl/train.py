@@ -94,10 +94,10 @@ def check(config: Config) -> None:
     settings, trackers."""
     from envs.registration import make
     from rl.curriculum import curriculum
-    from rl.parts import check_model, engine_settings, learner_settings
+    from rl.parts import check_engine, check_model, learner_settings
 
     check_model(config)
-    engine_settings(config)
+    check_engine(config)
     learner_settings(config)
     _check_learner(config)
     metrics.check(config.track)
