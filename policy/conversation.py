@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from policy.calls import Json, about, arguments_of, content_of, to_text
-from policy.renderer import Renderer
+from policy.renderer import CwmRenderer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MOST_TOKENS = 16_000_000
@@ -39,7 +39,7 @@ class Asked:
 class Conversations:
     """Remembers answers. Thread-safe."""
 
-    def __init__(self, renderer: Renderer, most_tokens: int = MOST_TOKENS) -> None:
+    def __init__(self, renderer: CwmRenderer, most_tokens: int = MOST_TOKENS) -> None:
         self._renderer, self._most = renderer, most_tokens
         self._held: OrderedDict[str, tuple[array[int], str]] = OrderedDict()
         self._tokens = 0

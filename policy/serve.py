@@ -27,7 +27,7 @@ from policy.calls import arguments_of, to_json
 from policy.completion import Completion, Policy, Sampling
 from policy.conversation import Conversations
 from policy.listener import Listener, Refusal, Request
-from policy.renderer import Renderer
+from policy.renderer import CwmRenderer
 
 Json = Mapping[str, Any]
 WATCH = 0.5
@@ -81,12 +81,12 @@ class Server:
 
     Example::
 
-        with Server(engine, Renderer(directory), ServeConfig(model="cwm", max_context=1024, port=0)) as server:
+        with Server(engine, CwmRenderer(directory), ServeConfig(model="cwm", max_context=1024, port=0)) as server:
             EndpointPolicy(Endpoint(EndpointConfig(url=server.url)))
     """
 
     def __init__(
-        self, policy: Policy, renderer: Renderer, config: ServeConfig, check: Callable[[], object] = lambda: None
+        self, policy: Policy, renderer: CwmRenderer, config: ServeConfig, check: Callable[[], object] = lambda: None
     ) -> None:
         """check: raises `InfraError` where the policy can't answer any more (`/health`)."""
         self.policy, self.renderer, self.config, self.check = policy, renderer, config, check

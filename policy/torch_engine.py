@@ -8,29 +8,26 @@ KV was lost is computed again, so exactness never depends on what was kept. It d
 
 from __future__ import annotations
 
-import atexit
 import math
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from envs.errors import InfraError, Unsupported
+from envs.errors import Unsupported
 from policy import lora
 from policy import weights as weights_of
-from policy.completion import Completion, Sampling, digest
+from policy.completion import digest
 from policy.decoder import Decoder, Row, draw
-from policy.inbox import LATER, Clock, Inbox
+from policy.engine import Engine, Finish, Request
+from policy.inbox import LATER
 from policy.slots import Slot, Slots, common
 from policy.weights import Weights
 
 T = TypeVar("T")
-Finish = Literal["stop", "length", "cancelled"]
 
 PASS = 512
 """Prompt tokens of one pass on a CPU: what its second-level cache holds; larger passes cost more per token."""
@@ -64,37 +61,16 @@ class EngineConfig:
 
 
 @dataclass(eq=False)
-class _Request:
-    """One `generate` call, from its arrival to its completion."""
-
-    episode: str
-    ids: list[int]
-    sampling: Sampling
-    most: int
-    """Most tokens to sample: `max_tokens`, or what the context leaves."""
+class _Request(Request):
     uniform: list[float] = field(default_factory=list)
     """One number in [0, 1) per token to sample: the only randomness, so batch mates can't matter."""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    prompt_digest: int | None = None
-    asked: float = field(default_factory=time.perf_counter)
-    queued: float = 0.0
-    """Seconds until it had a slot."""
-    future: Future[Completion] = field(default_factory=Future)
 
 
-COUNTS = (
-    *("decoded_tokens", "prefilled_tokens", "reused_tokens", "shared_tokens"),
-    *("completions", "steps", "swaps", "swaps_in_flight"),
-)
-
-
-class TorchEngine:
+class TorchEngine(Engine):
     """A `policy.completion.Policy` over a Cwm or Llama model of `transformers`; fp32.
 
-    Any number of blocked callers cost nothing, but a thread that computes in Python in the same process takes the
-    interpreter lock from every operation of a decode step: give the engine a process of its own where that matters.
+    A thread that computes in Python in the same process takes the interpreter lock from every operation of a decode step:
+    give the engine a process of its own where that matters.
 
     Example::
 
@@ -102,58 +78,22 @@ class TorchEngine:
             engine.generate([1, 2, 3], Sampling(max_tokens=16, stop_ids=(0,)), "episode-1")
     """
 
+    config: EngineConfig
+    request = _Request
+
     def __init__(self, model: Any, config: EngineConfig | None = None, *, version: int = 0) -> None:
         self.config = config or EngineConfig()
         if self.config.device != "cpu" and not torch.cuda.is_available():
             raise Unsupported(f"engine.device={self.config.device!r}, but torch finds no CUDA device here; use cpu")
         self._decoder = Decoder(model, self.config.slots, self.config.max_context, self.config.device)
-        self._version = version
+        super().__init__(self.config, vocabulary=self._decoder.vocab_size, version=version)
         self._base: Mapping[str, torch.Tensor] | None = None
         self._slots: Slots[_Request] = Slots(self.config.slots)
         self._running: list[Slot[_Request]] = []
         self._waiting: list[_Request] = []
-        self._inbox = Inbox(self.config.deadline_s)
-        self._random = np.random.default_rng(self.config.seed)
-        self._clock = Clock(("prefill", "decode", "swap", "score", "idle"), "idle")
-        self._counts = dict.fromkeys(COUNTS, 0)
-        self._paces: dict[int, list[float]] = {}  # rows of a decode step -> steps, seconds
-        self._thread = threading.Thread(target=self._loop, name="torch-engine", daemon=True)
-        # A thread inside torch while the interpreter shuts down would abort the process.
-        atexit.register(self.close)
         self._thread.start()
 
     # What callers use, from any thread.
-
-    @property
-    def version(self) -> int:
-        """Version of the weights that sample the next token."""
-        return self._version
-
-    def generate(self, token_ids: Sequence[int], sampling: Sampling, episode: str) -> Completion:
-        """Continue `token_ids`; blocks. ValueError for ids that can't be run, InfraError if the engine failed."""
-        ids = [int(token) for token in token_ids]
-        self._check_ids(ids)
-        room = self.config.max_context - len(ids)
-        if room < 1:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens and engine.max_context is {self.config.max_context}: nothing can be "
-                "sampled; end the episode at the context limit, or raise engine.max_context"
-            )
-        request = _Request(episode, ids, sampling, min(sampling.max_tokens, room))
-        self._inbox.post(request.future, self._accept, request)
-        try:
-            completion: Completion = self._inbox.wait("completion", request.future)
-        except InfraError:
-            self.release(episode)
-            raise
-        return completion
-
-    def release(self, episode: str) -> None:
-        """Forget the episode's KV; a completion under way ends as "cancelled". Returns at once, never raises."""
-        try:
-            self._inbox.post(Future(), self._forget, episode)
-        except InfraError:
-            pass
 
     def publish(self, version: int, weights: Weights, recompute: bool = False) -> None:
         """Swap the weights between two decode steps; blocks until they sample. Adapters (`policy.lora`) are merged first.
@@ -163,25 +103,9 @@ class TorchEngine:
         """
         weights, base = lora.resolve(weights, self._base, self._decoder.weights)
         weights_of.check_fit(weights, {k: v.shape for k, v in self._decoder.weights.items()}, f"version {version}")
-        if version < self._version:
-            raise ValueError(f"version {version} is older than the engine's {self._version}; publish in order")
+        self._check_order(version)
         self._inbox.ask("publish", self._swap, version, weights, recompute)
         self._base = base
-
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability (nats, temperature 1) of each token given those before it; 0.0 for the first.
-
-        Under the current weights with fresh KV, which is thrown away: kept episodes are untouched.
-        """
-        lists = [[int(token) for token in ids] for ids in sequences]
-        for ids in lists:
-            self._check_ids(ids)
-            if len(ids) > self.config.max_context:
-                raise ValueError(
-                    f"a sequence of {len(ids)} tokens can't be scored: engine.max_context is {self.config.max_context}"
-                )
-        scores: list[list[float]] = self._inbox.ask("score", self._score, lists)
-        return scores
 
     def checksum(self) -> str:
         """`policy.weights.checksum` of the weights that sample: equal to the learner's for the same version."""
@@ -204,32 +128,6 @@ class TorchEngine:
         }
         return {**self._clock.read(), **self._counts, **now}
 
-    def paces(self) -> list[tuple[int, int, float]]:
-        """How fast it decodes: rows of a decode step, how many steps had so many, and their seconds."""
-        return [(rows, int(steps), seconds) for rows, (steps, seconds) in sorted(self._paces.copy().items())]
-
-    def close(self) -> None:
-        """End the thread; whoever still waits gets an InfraError. Safe to call twice."""
-        self._inbox.close()
-        self._thread.join(min(self.config.deadline_s, 30.0))
-        atexit.unregister(self.close)
-
-    def __enter__(self) -> TorchEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _check_ids(self, ids: list[int]) -> None:
-        if not ids:
-            raise ValueError("an empty list of token ids can't be run; give at least one token")
-        if min(ids) < 0 or max(ids) >= self._decoder.vocab_size:
-            bad = next(i for i in ids if not 0 <= i < self._decoder.vocab_size)
-            raise ValueError(
-                f"token id {bad} is outside the model's vocabulary of {self._decoder.vocab_size}; "
-                "use the tokenizer that the model was made with"
-            )
-
     # What runs in the engine's thread.
 
     def _loop(self) -> None:
@@ -251,9 +149,7 @@ class TorchEngine:
     def _accept(self, request: _Request) -> object:
         home = self._slots.home.get(request.episode)
         if (home and home.request) or any(other.episode == request.episode for other in self._waiting):
-            busy = f"episode {request.episode!r} is already generating; make its calls one after the other"
-            request.future.set_exception(ValueError(busy))
-            return LATER
+            return self._busy(request)
         seed = request.sampling.seed
         random = self._random if seed is None else np.random.default_rng(seed % 2**64)
         request.uniform = random.random(request.most).tolist()
@@ -268,9 +164,7 @@ class TorchEngine:
             self._slots.free(slot)
         for request in [r for r in self._waiting if r.episode == episode]:
             self._waiting.remove(request)
-            request.prompt_digest = digest(request.ids)
-            request.queued = time.perf_counter() - request.asked
-            request.future.set_result(_completion(request, "cancelled"))
+            request.finish("cancelled")
 
     def _swap(self, version: int, weights: Weights, recompute: bool) -> None:
         self._clock.enter("swap")
@@ -330,7 +224,8 @@ class TorchEngine:
         slot.ids.extend(fed)
         # The last prompt token goes through the next decode step with everyone else's, which yields its logits.
         slot.pending = request.ids[-1]
-        slot.request, request.queued = request, time.perf_counter() - request.asked
+        slot.request = request
+        request.begin()
         self._running.append(slot)
 
     def _reuse(self, slot: Slot[_Request], request: _Request) -> tuple[Slot[_Request] | None, int]:
@@ -378,8 +273,7 @@ class TorchEngine:
                 done.append((slot, "length"))
         for slot, finish in done:
             self._finish(slot, finish)
-        pace = self._paces.setdefault(len(requests), [0, 0.0])
-        pace[0], pace[1] = pace[0] + 1, pace[1] + time.perf_counter() - began
+        self._paced(len(requests), began)
 
     def _finish(self, slot: Slot[_Request], finish: Finish) -> None:
         request = slot.request
@@ -389,19 +283,7 @@ class TorchEngine:
         self._counts["completions"] += 1
         if request.prompt_digest is None:
             request.prompt_digest = digest([*slot.ids, slot.pending])
-        request.future.set_result(_completion(request, finish))
-
-
-def _completion(request: _Request, finish: Finish) -> Completion:
-    assert request.prompt_digest is not None
-    return Completion(
-        token_ids=request.tokens,
-        logprobs=request.logprobs,
-        versions=request.versions,
-        finish=finish,
-        prompt_digest=request.prompt_digest,
-        queued=request.queued,
-    )
+        request.finish(finish)
 
 
 def _parts(items: list[T], sizes: list[int], most: int) -> list[list[T]]:

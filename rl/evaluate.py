@@ -15,7 +15,7 @@ from envs.errors import nearest
 from envs.registration import make
 from rl import spawn as spawning
 from rl.config import Config
-from rl.parts import await_start, start_engines, start_worker
+from rl.parts import START, await_start, start_engines, start_worker
 from rl.worker import Order
 
 
@@ -31,7 +31,7 @@ class Player:
         self.episodes = min(config.rollout.in_flight, config.admission.sandboxes or config.rollout.in_flight)
         self.engine = start_engines(config)
         self.workers = [start_worker(config, self.engine, i) for i in range(config.rollout.workers)]
-        await_start((self.engine, *self.workers))
+        await_start((self.engine, *self.workers), START[config.policy.engine])
 
     def play(self, orders: Sequence[Order]) -> list[Trajectory]:
         """Play every order; an episode whose infrastructure failed is tried again as often as the recipe says."""

@@ -44,9 +44,6 @@ from rl.spawn import Handle, PartGone
 from rl.staleness import Staleness
 from rl.worker import Order
 
-PARITY = 1e-4
-"""Largest allowed difference of engine and learner log-probs after a publish, nats, fp32."""
-
 LOST_ROUNDS = 2
 """So many times the episodes in flight may be lost to the infrastructure in a row; then the run stops."""
 
@@ -57,8 +54,8 @@ Scores = Sequence[Sequence[float]]
 """Log-probs of each token of some sequences."""
 
 
-def parity_of(engine: Scores, learner: Scores, version: int) -> float:
-    """Largest difference, nats. `InfraError` above `PARITY`, or where one is no number: nothing after it could be trusted.
+def parity_of(engine: Scores, learner: Scores, version: int, limit: float = 1e-4) -> float:
+    """Largest difference, nats. `InfraError` above `limit`, or where one is no number: nothing after it could be trusted.
 
     engine: scores of each replica, one behind the other.
     """
@@ -66,10 +63,10 @@ def parity_of(engine: Scores, learner: Scores, version: int) -> float:
     gaps = [
         abs(a - b) for mine, theirs in zip(engine, expected, strict=True) for a, b in zip(mine, theirs, strict=True)
     ]
-    if not all(gap <= PARITY for gap in gaps):
+    if not all(gap <= limit for gap in gaps):
         worst = math.nan if any(map(math.isnan, gaps)) else max(gaps)
         raise InfraError(
-            f"engine and learner differ by {worst:.2e} nats under version {version} (allowed {PARITY}); resume from the last checkpoint"
+            f"engine and learner differ by {worst:.2e} nats under version {version} (allowed {limit:g}); resume from the last checkpoint"
         )
     return max(gaps)
 
@@ -364,7 +361,7 @@ class Loop:
     def compare(self, context: tuple[int, Future[list[list[float]]]], future: Future[list[list[float]]]) -> None:
         """Engine and learner must agree on the probes, or the run stops."""
         version, scores = context
-        parity = parity_of(future.result(), scores.result(300), version)
+        parity = parity_of(future.result(), scores.result(300), version, self.config.policy.parity)
         self.learning = False
         self.stage.switch("wait")
         self.record.parity(self, parity)

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from envs.errors import InfraError
+from envs.fields import build
 from policy import renderer
+from policy.engine import LABELS, Engine
 from rl.admission import Budget
 from rl.config import Config
 from rl.gate import Gate
@@ -22,6 +24,7 @@ from rl.worker import RolloutWorker
 
 if TYPE_CHECKING:
     from policy.torch_engine import EngineConfig
+    from policy.vllm_engine import VllmConfig
 
 
 PADDING = 1024
@@ -55,33 +58,55 @@ def check_model(config: Config) -> None:
             f"policy.max_context={config.policy.max_context} is more than the {positions} positions of model {config.model}; "
             "lower it"
         )
-    check_supported(model, config.policy.max_context)
+    if config.policy.engine == "torch":
+        check_supported(model, config.policy.max_context)
 
 
-def engine_settings(config: Config) -> EngineConfig:
-    """The torch engine's: its slots are the episodes in flight, or as many as the KV budget holds."""
-    from policy.torch_engine import EngineConfig
-
+def engine_settings(config: Config) -> EngineConfig | VllmConfig:
+    """The engine's: its slots are the episodes in flight, or as many as the KV budget holds."""
     fit = config.admission.kv_tokens // config.policy.max_context
-    return EngineConfig(
-        slots=min(config.rollout.in_flight, fit or config.rollout.in_flight),
-        max_context=config.policy.max_context,
-        threads=config.policy.threads,
-        seed=config.seed,
-        deadline_s=config.rollout.deadline if config.rollout.spawn == "ray" else 1e9,
-    )
+    derived: dict[str, Any] = {
+        "slots": min(config.rollout.in_flight, fit or config.rollout.in_flight),
+        "max_context": config.policy.max_context,
+        "threads": config.policy.threads,
+        "seed": config.seed,
+        "deadline_s": config.rollout.deadline if config.rollout.spawn == "ray" else 1e9,
+    }
+    if config.policy.engine == "torch":
+        from policy.torch_engine import EngineConfig
+
+        return EngineConfig(**derived)
+    from policy.vllm_engine import VllmConfig
+
+    if twice := derived.keys() & config.policy.vllm.keys():
+        raise ValueError(f"policy.vllm.{min(twice)} follows from the rest of the recipe; leave it out")
+    return build(VllmConfig, {**derived, **config.policy.vllm}, "policy.vllm")
 
 
-def engine_part(config: Config) -> Any:
-    """The torch engine on the recipe's model."""
+def check_engine(config: Config) -> None:
+    """`ValueError` where the engine can't be had here, or not so."""
+    settings = engine_settings(config)
+    if config.policy.engine == "vllm":
+        from policy import vllm_engine
+
+        vllm_engine.check(config.model, cast("VllmConfig", settings))
+
+
+def engine_part(config: Config) -> Engine:
+    """The recipe's engine on its model."""
+    settings = engine_settings(config)
+    if config.policy.engine == "vllm":
+        from policy.vllm_engine import VllmEngine
+
+        return VllmEngine(config.model, cast("VllmConfig", settings))
     from policy import models
     from policy.torch_engine import TorchEngine
 
-    return TorchEngine(models.load(config.model), engine_settings(config))
+    return TorchEngine(models.load(config.model), cast("EngineConfig", settings))
 
 
 class EnginePart:
-    """`TorchEngine` behind its gate as a part: made where it runs, from the config alone."""
+    """The engine behind its gate as a part: made where it runs, from the config alone."""
 
     def __init__(self, config: Config) -> None:
         self.engine = engine_part(config)
@@ -114,15 +139,14 @@ class EnginePart:
         return version
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """See `TorchEngine.score`."""
-        scores: list[list[float]] = self.engine.score(sequences)
-        return scores
+        """See `Engine.score`."""
+        return self.engine.score(sequences)
 
     def stats(self) -> dict[str, Any]:
-        """`seconds` per label, the counts of `TorchEngine.stats`, and its `paces`; `parked`: episodes whose KV was given up for
+        """`seconds` per label, the counts of the engine's `stats`, and its `paces`; `parked`: episodes whose KV was given up for
         older ones."""
         stats = self.engine.stats()
-        seconds = {label: stats.pop(label) for label in ("prefill", "decode", "swap", "score", "idle")}
+        seconds = {label: stats.pop(label) for label in LABELS}
         return {"seconds": seconds, **stats, "paces": self.engine.paces(), "parked": self.gate.parked}
 
     def close(self) -> None:
@@ -236,10 +260,11 @@ def start_engines(config: Config, changed: Callable[[], None] = lambda: None) ->
 
     def again(index: int) -> Handle:
         engine = start_engine(config, index)
-        await_start((engine,))
+        await_start((engine,), START[config.policy.engine])
         return engine
 
-    return Replicas("engine", [start_engine(config, i) for i in range(config.policy.replicas)], again, changed)
+    engines = [start_engine(config, i) for i in range(config.policy.replicas)]
+    return Replicas("engine", engines, again, changed, config.policy.parity)
 
 
 def start_worker(config: Config, engine: Handle, index: int) -> Handle:
@@ -250,7 +275,11 @@ def start_worker(config: Config, engine: Handle, index: int) -> Handle:
     return spawn(RolloutWorker, config, engine, mode=mode, name=name, concurrency=episodes + 2, place=place)
 
 
-def await_start(parts: Sequence[Handle], deadline: float = 180.0) -> None:
+START = {"torch": 180.0, "vllm": 900.0}
+"""Seconds that parts have to start, by engine: vLLM reads, compiles and measures large models."""
+
+
+def await_start(parts: Sequence[Handle], deadline: float = START["torch"]) -> None:
     """Return when every part answers; `InfraError` after `deadline` seconds, and what a constructor raised (a bad model, a
     bad env)."""
     wait = [(part, part.call("stats")) for part in parts]
@@ -289,7 +318,7 @@ class Parts:
         self.engine = start_engines(config, self._connect)
         self.learner = start_learner(config)
         self.workers = [start_worker(config, self.engine, i) for i in range(config.rollout.workers)]
-        await_start((self.engine, self.learner, *self.workers))
+        await_start((self.engine, self.learner, *self.workers), START[config.policy.engine])
 
     def _connect(self) -> None:
         for worker in self.workers:

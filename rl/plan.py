@@ -153,11 +153,11 @@ def on_gpus(
 
 def as_written(config: Config, shape: Shape, layout: Layout, device: Hardware) -> Placement:
     """The placement that the recipe itself names. `ValueError` where something doesn't fit."""
-    size, context = config.policy.tensor_parallel, config.policy.max_context
+    size, context = int(config.policy.vllm.get("tensor_parallel", 1)), config.policy.max_context
     held = engine(shape, tensor_parallel=size, memory=device.memory, context=context)
     if not held.episodes:
         raise ValueError(
-            f"policy.max_context={context}: an engine on policy.tensor_parallel={size} GPUs has {gb(held.kv)} for KV and an "
+            f"policy.max_context={context}: an engine on policy.vllm.tensor_parallel={size} GPUs has {gb(held.kv)} for KV and an "
             f"episode takes {gb(shape.kv_bytes(context))}; lower the first or raise the second"
         )
     learner = fit(shape, layout, device.memory * 0.95)

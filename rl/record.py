@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from envs.errors import InfraError
 from policy import renderer
-from policy.torch_engine import COUNTS
+from policy.engine import COUNTS
 from rl import checkpoint
 from rl.batch import BatchReport
 from rl.config import Config, dump

@@ -21,9 +21,6 @@ from rl.spawn import Handle, PartGone
 STICKY = ("generate", "release")
 """Calls whose last argument is an episode, which one engine alone knows."""
 
-TOLERANCE = 1e-4
-"""Largest difference of two engines' log-probs under the same weights, nats, fp32."""
-
 START = 300.0
 """Seconds in which an engine must have started, and taken the weights."""
 
@@ -62,10 +59,12 @@ class Replicas:
         parts: Sequence[Handle],
         start: Callable[[int], Handle] | None = None,
         changed: Callable[[], None] = lambda: None,
+        tolerance: float = 1e-4,
     ) -> None:
-        """start: makes engine number i anew; without it a dead one is only left out. changed: called when an engine is back."""
+        """start: makes engine number i anew; without it a dead one is only left out. changed: called when an engine is back.
+        tolerance: largest difference of two engines' log-probs under the same weights, nats."""
         self.name, self.parts = name, list(parts)
-        self._start, self._changed = start, changed
+        self._start, self._changed, self._tolerance = start, changed, tolerance
         self._lock = threading.RLock()
         self._homes: dict[str, int] = {}  # episode -> engine
         self._down: set[int] = set()
@@ -180,8 +179,9 @@ class Replicas:
                     told, probe, other = self._published, self._probe, next((self.parts[i] for i in self._up), None)
                 if told:
                     part.ask("publish", *told, timeout=START)
-                agrees = not (probe and other) or _agree(
-                    *(p.ask("score", *probe, timeout=START) for p in (part, other))
+                agrees = (
+                    not (probe and other)
+                    or _gap(*(p.ask("score", *probe, timeout=START) for p in (part, other))) <= self._tolerance
                 )
                 with self._lock:
                     if told is not self._published:
@@ -198,6 +198,6 @@ class Replicas:
         self._changed()
 
 
-def _agree(mine: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> bool:
+def _gap(mine: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
     pairs = [(a, b) for x, y in zip(mine, theirs, strict=True) for a, b in zip(x, y, strict=True)]
-    return all(abs(a - b) <= TOLERANCE for a, b in pairs)
+    return max(abs(a - b) for a, b in pairs)

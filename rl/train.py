@@ -95,10 +95,10 @@ def check(config: Config) -> None:
     settings, trackers."""
     from envs.registration import make
     from rl.curriculum import curriculum
-    from rl.parts import check_model, engine_settings
+    from rl.parts import check_engine, check_model
 
     check_model(config)
-    engine_settings(config)
+    check_engine(config)
     _check_learner(config)
     metrics.check(config.track)
     curriculum(config)
@@ -187,7 +187,7 @@ def restore(loop: Loop, parts: Parts, record: Record) -> None:
         parts.engine.ask("publish", version, weights, timeout=300)
         probe = [[(7 * i) % record.vocabulary for i in range(64)]]
         mine, theirs = (part.ask("score", probe, timeout=300) for part in (parts.engine, parts.learner))
-        parity_of(mine, theirs, version)
+        parity_of(mine, theirs, version, loop.config.policy.parity)
     loop.resume(record.surviving_step)
     print(f"resumed at step {record.surviving_step}: {record.journal.counts()}", flush=True)
 

@@ -1,6 +1,7 @@
 """The house: packages resolve here, `docker/` holds no Python, no module takes a standard-library name."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,12 @@ def test_docker_holds_no_python():
 def test_no_module_is_named_like_the_standard_library():
     taken = [p for name in PACKAGES for p in (ROOT / name).rglob("*.py") if p.stem in sys.stdlib_module_names]
     assert not taken
+
+
+def test_one_file_knows_vllm():
+    files = [p for name in PACKAGES for p in (ROOT / name).rglob("*.py")]
+    knows = [p for p in files if re.search(r"^\s*(from|import) vllm\b", p.read_text(), re.MULTILINE)]
+    assert [str(p.relative_to(ROOT)) for p in knows] == ["policy/vllm_engine.py"]
 
 
 @pytest.mark.parametrize(

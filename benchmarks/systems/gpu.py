@@ -70,6 +70,7 @@ class Card:
             f"learn.device={self.args.device}",
             f"learn.dtype={dtype}",
             f"learn.lora_rank={self.lora}",
+            *(["policy.vllm={}", "policy.parity=1e-4"] if self.args.device == "cpu" else []),
             "rollout.spawn=threads",
             f"rollout.workers={self.args.episodes[0]}",
             f"runs={self.home / 'runs'}",
@@ -136,7 +137,7 @@ def serve(card: Card) -> list[Found]:
 def publish(card: Card) -> list[Found]:
     """Seconds of a publish, what sampling stands still for it, and how far engine and learner are apart after it."""
     args, shown = card.args, []
-    heads = [("", [])] if args.engine == "torch" else [(", fp32 head", ["policy.fp32_head=true"]), ("", [])]
+    heads = [("", [])] if args.engine == "torch" else [(", fp32 head", []), ("", ["policy.vllm.fp32_head=false"])]
     for head, more in heads:
         found = card.part(
             "publish", *more, episodes=args.episodes[0], prompt=64, tokens=64, times=args.repeats, length=128

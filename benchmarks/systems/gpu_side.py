@@ -10,7 +10,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ def serve(config: Config, *, episodes: int, prompt: int, tokens: int, turns: int
         before, began = engine.stats(), time.perf_counter()
         sampled = _together(engine, config, episodes, prompt, tokens, turns)
         seconds, after = time.perf_counter() - began, engine.stats()
-    counted = {k: after[k] - before[k] for k in ("decoded_tokens", "prefilled_tokens", "reused_tokens") if k in after}
+    counted: dict[str, Any] = {
+        k: after[k] - before[k] for k in ("decoded_tokens", "prefilled_tokens", "reused_tokens") if k in after
+    }
     return {"seconds": seconds, "sampled": sampled, **counted}
 
 
@@ -156,7 +158,13 @@ def _dtype(config: Config) -> torch.dtype:
     return torch.bfloat16 if config.learn.dtype == "bf16" else torch.float32
 
 
-PARTS = {"make": make, "serve": serve, "publish": publish, "learn": learn, "loop": loop}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "make": make,
+    "serve": serve,
+    "publish": publish,
+    "learn": learn,
+    "loop": loop,
+}
 
 
 def main(name: str, text: str) -> None:

@@ -49,7 +49,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def renderer(directory):
-    return Renderer(directory)
+    return CwmRenderer(directory)
 
 
 def serving(renderer, script, **config):

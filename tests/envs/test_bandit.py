@@ -5,7 +5,7 @@ import pytest
 import envs
 from envs.checker import check_env
 from envs.tiny.bandit import TokenBandit
-from policy.renderer import Renderer
+from policy.renderer import CwmRenderer
 from policy.words import word_tokenizer
 
 
@@ -32,7 +32,7 @@ def test_bad_arguments_are_one_line(arguments):
 
 def test_ids_and_words_are_one_to_one(tmp_path):
     word_tokenizer(64).save(str(tmp_path / "tokenizer.json"))
-    renderer = Renderer(tmp_path)
+    renderer = CwmRenderer(tmp_path)
     assert renderer.vocab_size == 64
     ids = [40, 12, 63, 12]
     text = renderer.decode([*ids, renderer.end_id])

@@ -86,7 +86,7 @@ def renderer(tmp_path_factory):
     train_tokenizer(["list the files", "<tool: bash>\nls\n</tool>", "a.py b.py"] * 10, 400).save(
         str(path / "tokenizer.json")
     )
-    return Renderer(path)
+    return CwmRenderer(path)
 
 
 SYSTEM, USER = {"role": "system", "content": "Help."}, {"role": "user", "content": "list the files"}

@@ -31,7 +31,7 @@ USER = {"role": "user", "content": "list the files"}
 def renderer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(["list the files", "<tool: bash>\nls\n</tool>"] * 10, 400).save(str(path / "tokenizer.json"))
-    return Renderer(path)
+    return CwmRenderer(path)
 
 
 @pytest.fixture(scope="module")
