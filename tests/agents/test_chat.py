@@ -14,7 +14,7 @@ from examples.reading_list import ReadingList
 from policy.completion import Sampling
 from policy.endpoint import ChatPolicy, Endpoint, EndpointConfig
 from policy.meter import OverBudget, Prices
-from policy.renderer import Renderer, train_tokenizer
+from policy.renderer import CwmRenderer, train_tokenizer
 from policy.scripted import ScriptedPolicy, replies
 from policy.serve import ServeConfig, Server
 

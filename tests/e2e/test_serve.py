@@ -15,7 +15,7 @@ from benchmarks.systems import lanes
 from envs.registration import make
 from policy import models
 from policy.completion import Sampling
-from policy.renderer import Renderer, train_tokenizer
+from policy.renderer import CwmRenderer, train_tokenizer
 from policy.scripted import ScriptedPolicy, replies
 from policy.serve import ServeConfig, Server
 from policy.torch_engine import EngineConfig, TorchEngine

@@ -7,7 +7,7 @@ import pytest
 from envs.tools import ToolCall, parse
 from policy.calls import OBJECT, about, arguments_of, content_of, schema, to_json, to_text
 from policy.conversation import Conversations
-from policy.renderer import Renderer, train_tokenizer
+from policy.renderer import CwmRenderer, train_tokenizer
 
 BASH = {"type": "function", "function": {"name": "bash", "description": "Run it", "parameters": {
     "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}}  # fmt: skip

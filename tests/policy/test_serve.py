@@ -16,7 +16,7 @@ from policy import models, serve
 from policy.completion import Completion, Sampling, digest
 from policy.endpoint import ChatPolicy, Endpoint, EndpointConfig, EndpointPolicy, completion
 from policy.models import ModelConfig
-from policy.renderer import Renderer, train_tokenizer
+from policy.renderer import CwmRenderer, train_tokenizer
 from policy.scripted import ScriptedPolicy, replies
 from policy.serve import ServeConfig, Server, spans
 from policy.torch_engine import EngineConfig, TorchEngine
