@@ -1,4 +1,5 @@
-"""`python -m policy serve MODEL_DIR`: a model behind an OpenAI-compatible HTTP API, for agents of any kind."""
+"""`python -m policy serve MODEL_DIR`: a model behind an OpenAI-compatible HTTP API, for agents of any kind; `python -m policy
+random PRESET --out DIR`: a model directory with random weights."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ examples:
   python -m policy serve policy/cwm_tiny                          http://127.0.0.1:8000/v1, for this machine alone
   python -m policy serve runs/tiny/model --port 0 --slots 128     a free port, which is printed
   KEY=… python -m policy serve policy/cwm_tiny --host 0.0.0.0 --key-env KEY
+  python -m policy random cwm-1b --out models/cwm-1b              random weights, and a tokenizer of words
 then, for instance:
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
       -d '{"messages": [{"role": "user", "content": "hello"}]}'
@@ -60,7 +62,37 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     serve.add_argument("--seed", type=int, default=0, help="of requests that bring none (default: %(default)s)")
     serve.add_argument("--deadline", type=float, default=600.0, metavar="S", help="of a request (default: %(default)s)")
+    random = commands.add_parser(
+        "random",
+        help="make a model directory with random weights",
+        description="Write a model of CWM's family with random weights, and a tokenizer whose tokens are words (policy/words.py).",
+    )
+    random.add_argument("preset", help="cwm-tiny, cwm-1b, cwm-8b or cwm-32b")
+    random.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new directory")
+    random.add_argument("--vocab-size", type=int, metavar="N", help="words and control tokens (default: the preset's)")
+    random.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="default: %(default)s")
+    random.add_argument("--device", default="cpu", help="where it is made (default: %(default)s)")
+    random.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     return p
+
+
+def random(args: argparse.Namespace) -> int:
+    """Write a model directory."""
+    import torch
+
+    from policy.models import ModelConfig, build, save
+    from policy.words import word_tokenizer
+
+    if args.out.exists():
+        raise ValueError(f"--out {args.out} is there already; remove it, or name another directory")
+    config = ModelConfig(name=args.preset, vocab_size=args.vocab_size)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    model = build(config, args.seed, dtype=dtype, device=args.device)
+    tokenizer = word_tokenizer(int(model.config.vocab_size))
+    save(model, args.out)
+    tokenizer.save(str(args.out / "tokenizer.json"))
+    print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters in {args.dtype}")
+    return 0
 
 
 def serve(args: argparse.Namespace, until: threading.Event) -> int:
@@ -113,6 +145,8 @@ def torch_engine(args: argparse.Namespace) -> tuple[Any, int]:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     args = parser().parse_args(argv)
+    if args.command == "random":
+        return random(args)
     until = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: until.set())

@@ -10,7 +10,7 @@ RECIPES = sorted([*(ROOT / "rl" / "recipes").glob("*.toml"), *(ROOT / "examples"
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_committed_recipes_load_and_resolve(path, tmp_path):
     config = load(path)
-    assert (config.model / "tokenizer.json").is_file()
+    assert (config.model / "tokenizer.json").is_file() or config.policy.engine == "vllm"
     again = tmp_path / "recipe.toml"
     again.write_text(dump(config))
     assert load(again) == config
