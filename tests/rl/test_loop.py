@@ -187,7 +187,7 @@ def arguments(tmp_path, *more):
         ("policy.model={torn}", "torn/model.safetensors can't be read"),
         ("policy.model={other}", "vocab_size=96, its tokenizer.json 629 tokens; give the tokenizer"),
         ("policy.max_context=1025", "policy.max_context=1025 is more than the 1024 positions"),
-        ("learn.max_tokens=700", "max_tokens=700 is less than learner.context=768"),
+        ("learn.max_tokens=700", "max_tokens=700 is less than policy.max_context=768"),
         ('env.kwargs.tasks="{empty}"', "empty' is empty; add at least one task"),
     ],
 )
