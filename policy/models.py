@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -223,12 +223,12 @@ def skeleton(directory: Path | str) -> PreTrainedModel:
         raise ValueError(f"checkpoint {path}: no config.json there; give a directory that `policy.models.save` wrote")
     if not list(path.glob(FILES)):
         raise ValueError(f"checkpoint {path}: no {FILES} there; save the model again, as safetensors")
-    with _reading(path) as stored:
+    with _readable(path):
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.tie_weights()
-        found = {name: value.get_shape() for name, value in stored.items()}
+        found = {name: shape for name, (_, shape) in _stored(path).items()}
         if config.tie_word_embeddings:
             found.pop("lm_head.weight", None)
         check_shapes(found, {name: p.shape for name, p in model.named_parameters()}, type(model).__name__)
@@ -240,24 +240,33 @@ def fill(model: torch.nn.Module, directory: Path | str, device: torch.device | s
     """Bring what was made of a `skeleton` to `device`, with the directory's weights as fp32; what that doesn't have (adapters,
     another head) is 0. One parameter at a time, and of one that FSDP2 shards no more than this rank's part is read."""
     path = Path(directory)
-    with _reading(path) as stored:
+    with _readable(path):
+        stored = _stored(path)
         for name, parameter in model.named_parameters():
             empty = torch.zeros_like(parameter, device=device)
             swap_tensors(parameter, torch.nn.Parameter(empty, parameter.requires_grad))
             (here, part), name = part_of(parameter), name.replace(BASE, "")
             if name in stored and here.numel():
-                here.copy_(stored[name][part])
+                with safe_open(stored[name][0], "pt") as file:  # closed each time: what was read of it leaves memory
+                    here.copy_(file.get_slice(name)[part])
                 check_finite(name, here, type(model).__name__)
     model.to(device)
 
 
+def _stored(path: Path) -> dict[str, tuple[Path, list[int]]]:
+    """The tensors of a directory: name → file and shape."""
+    found: dict[str, tuple[Path, list[int]]] = {}
+    for each in sorted(path.glob(FILES)):
+        with safe_open(each, "pt") as file:
+            found |= {name: (each, file.get_slice(name).get_shape()) for name in file.offset_keys()}
+    return found
+
+
 @contextmanager
-def _reading(path: Path) -> Iterator[dict[str, Any]]:
-    """The tensors of a directory by name, to be read in slices; what is wrong with them as a `ValueError` of one line."""
-    with ExitStack() as files:
-        try:
-            opened = [files.enter_context(safe_open(file, "pt")) for file in sorted(path.glob(FILES))]
-            yield {name: file.get_slice(name) for file in opened for name in file.offset_keys()}
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
-            cause = " ".join(str(error).split())
-            raise ValueError(f"checkpoint {path} can't be read: {cause[:300]}; copy or save it again") from error
+def _readable(path: Path) -> Iterator[None]:
+    """What is wrong with a directory that is being read, as a `ValueError` of one line."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+        cause = " ".join(str(error).split())
+        raise ValueError(f"checkpoint {path} can't be read: {cause[:300]}; copy or save it again") from error

@@ -93,7 +93,6 @@ class Network:
     def update(self, rows: Sequence[Row], loss: Loss, lr: float) -> Update:
         """One optimiser update at the rate `lr`, unless its loss or gradient isn't finite."""
         tokens = sum(row.action_tokens for row in rows)
-        self.optimizer.zero_grad(set_to_none=True)
         sums = {"loss": 0.0, "positions": 0.0}
         for batch in microbatches(rows, self.config.max_tokens, self.sharing):
             share, seen = self._backward(batch, loss)

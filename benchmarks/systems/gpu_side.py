@@ -88,6 +88,9 @@ def publish(config: Config, *, episodes: int, prompt: int, tokens: int, times: i
 def learn(config: Config, *, tokens: int, steps: int) -> dict[str, Any]:
     """Seconds of learner steps on rows of the recipe's whole context, and memory: the peak, and what was foretold."""
     context, vocabulary = config.policy.max_context, _vocabulary(config)
+    positions = json.loads((config.model / "config.json").read_text())["max_position_embeddings"]
+    if context > positions:
+        raise ValueError(f"policy.max_context={context} is more than the {positions} positions of the model")
     rng, part = random.Random(0), LearnerPart(config)
     texts = [[rng.randrange(vocabulary) for _ in range(context)] for _ in range(max(1, tokens // context))]
     rows = [_row(text, scores, i) for i, (text, scores) in enumerate(zip(texts, part.score(texts), strict=True))]

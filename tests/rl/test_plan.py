@@ -243,6 +243,19 @@ def test_the_command_places_the_target_on_gpus(tmp_path: Path) -> None:
     assert found["forecast"]["step_seconds"] == min(other["step_seconds"] for other in found["others"])
 
 
+@pytest.mark.parametrize(("name", "gpus"), [("swe_grpo_32b", 64), ("swe_grpo_8b_1node", 8)])
+def test_recipes_for_gpus_place_themselves(
+    name: str, gpus: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the longest contexts that they allow; large models are shown beside published runs."""
+    few = ["--steps=2", "--learn.groups_per_step=2", "--rollout.workers=1"]
+    found = run(f"rl/recipes/{name}.toml", "--json", str(tmp_path / "p"), *few)
+    assert found["placement"]["gpus"] == gpus and found["placement"]["engine"]["episodes"] >= 8
+    assert ("s a step: DeepSWE (rLLM), Qwen3-32B on 64 H100" in capsys.readouterr().out) == (name == "swe_grpo_32b")
+    with pytest.raises(ValueError, match="learn.max_tokens=.* activations"):
+        run(f"rl/recipes/{name}.toml", "--json", str(tmp_path / "p"), *few, "--learn.checkpoint_activations=false")
+
+
 def test_a_context_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^learn.max_tokens=131072 needs .* GB of activations") as error:
         command.main(["plan", RECIPE, "--model", "cwm-32b", "--gpus", "64", "--policy.max_context=131072", "--learn.max_tokens=131072", "--learn.dtype=bf16", "--learn.checkpoint_activations=true"])  # fmt: skip

@@ -57,11 +57,13 @@ def some_steps(
 
 
 def same(one: dict[str, Any], many: list[dict[str, Any]], tolerance: float) -> None:
-    """`tolerance`: elementwise where it is for fp64, else of the norm of the difference relative to that of the weights."""
+    """`tolerance`: elementwise where it is for fp64, else of the norm of the difference relative to that of the weights; of an
+    adapter's B, which begins at 0, to that of its A."""
     for rank, other in enumerate(many):
         for name, weight in one["weights"].items():
             difference = other["weights"][name] - weight
-            error = difference.abs().max() if tolerance <= 1e-9 else difference.norm() / weight.norm().clamp(1e-9)
+            size = one["weights"][name.replace("lora_B", "lora_A")].norm()
+            error = difference.abs().max() if tolerance <= 1e-9 else difference.norm() / size
             assert error <= tolerance, (name, float(error))
         for a, b in zip(one["reports"], other["reports"], strict=True):
             assert a["metrics"] == pytest.approx(b["metrics"], abs=1e-4 if tolerance > 1e-9 else 1e-9, nan_ok=True)
@@ -216,13 +218,13 @@ def status(field: str) -> int:
 def loaded(place: Place, directory: Path) -> tuple[int, dict[str, torch.Tensor]]:
     """Most bytes that a model took while it was loaded, as a critic's rank loads it, and its weights."""
     ranks = place.join()
-    models.skeleton(directory)  # what libraries take at first
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before = status("VmRSS")
-    model = ValueModel(models.skeleton(directory))
-    ranks.shard(model, values_of)
-    models.fill(model, directory)
-    peak = status("VmHWM") - before
+    for each in (directory.with_name("small"), directory):  # what libraries take at first is not counted
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        before = status("VmRSS")
+        model = ValueModel(models.skeleton(each))
+        ranks.shard(model, values_of)
+        models.fill(model, each)
+        peak = status("VmHWM") - before
     weights = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
     ranks.close()
     return peak, weights
@@ -240,19 +242,19 @@ def scored(place: Place, directory: Path, settings: dict[str, Any]) -> tuple[lis
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc/self/clear_refs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rank_reads_its_share_alone(dtype: torch.dtype, tmp_path: Path) -> None:
-    """94 MB of weights in fp32: the whole takes one process that and the pages it read; a rank takes its share of both."""
+    """84 MB of weights in fp32, the largest of them 8 MB: a rank takes its share, and one of them at a time."""
     size = {"vocab_size": 4099, "hidden_size": 512, "layers": 6, "heads": 8, "intermediate_size": 1536}
     model = models.build(models.ModelConfig(**size)).to(dtype)
-    weights, stored = (sum(p.numel() for p in model.parameters()) * n for n in (4, model.dtype.itemsize))
+    weights, largest = (4 * of(p.numel() for p in model.parameters()) for of in (sum, max))
     models.save(model, tmp_path / "model")
+    models.save(models.build(models.ModelConfig(vocab_size=64, hidden_size=32)), tmp_path / "small")
     ((alone, expected),) = on_ranks(1, loaded, tmp_path / "one", tmp_path / "model")
-    print(f"{weights / 1e6:.1f} MB, read {stored / 1e6:.1f}: alone {alone / 1e6:.1f}", end="")
+    print(f"\n{weights / 1e6:.1f} MB: alone {alone / 1e6:.1f}", end="")
     assert alone > weights
-    largest = max(p.numel() for p in model.parameters()) * 4
     for ranks in (2, 4):
         for peak, found in on_ranks(ranks, loaded, tmp_path / f"{ranks}", tmp_path / "model"):
             print(f", of {ranks} {peak / 1e6:.1f}", end="")
-            assert peak < (weights + stored) / ranks + largest and peak < 0.75 * alone
+            assert peak < weights / ranks + largest + 16e6 and peak < 0.75 * alone
             for name, value in expected.items():
                 assert torch.equal(found[name], value), name
 
