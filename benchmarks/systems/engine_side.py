@@ -20,7 +20,7 @@ import torch
 from policy import models
 from policy.completion import Completion, Sampling, digest
 from policy.engine import Engine
-from policy.weights import load_into, state_of
+from policy.weights import state_of
 
 
 def ids_of(seed: int, count: int, vocabulary: int) -> list[int]:
@@ -153,10 +153,9 @@ def versions_of(model: Path, count: int) -> dict[int, Any]:
         found[version] = models.load(model)
         draw = torch.Generator().manual_seed(version)
         if version:
-            state = state_of(found[version])
-            for value in state.values():
-                value += 0.1 * value.std() * torch.randn(value.shape, generator=draw).numpy()
-            load_into(found[version], state)
+            with torch.no_grad():
+                for value in found[version].parameters():
+                    value += 0.1 * value.std() * torch.randn(value.shape, generator=draw)
     return found
 
 
