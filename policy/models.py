@@ -205,14 +205,17 @@ def save(model: PreTrainedModel, directory: Path | str, weights: Weights | None 
 
 
 class _Files(Mapping[str, Tensor]):
-    """The tensors of safetensors files, read one by one when they are asked for."""
+    """The tensors of safetensors files, read one by one when they are asked for; no file stays mapped."""
 
     def __init__(self, files: Sequence[Path], without: str = "") -> None:
-        opened = [safe_open(file, "pt") for file in files]
-        self._home = {name: file for file in opened for name in file.keys() if name != without}  # noqa: SIM118 (no dict)
+        self._home: dict[str, Path] = {}
+        for path in files:
+            with safe_open(path, "pt") as file:
+                self._home |= {name: path for name in file.keys() if name != without}  # noqa: SIM118 (no dict)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._home[name].get_tensor(name)
+        with safe_open(self._home[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
