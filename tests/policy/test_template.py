@@ -250,7 +250,7 @@ def test_answers_in_the_template_s_own_words_need_no_branch(renderer_of, name):
 def test_both_kinds_of_tokenizers_extend(tmp_path, kind):
     renderer = TemplateRenderer(model_of(tmp_path / kind, CHATML, kind))
     for i in range(5):
-        act = lambda r, rng: [*r._layout.encode(f"<bos>{fine(r, rng)}").ids[1:], r.end_id]  # noqa: E731
+        act = lambda r, rng: [*r._layout.encode(f"<bos> {fine(r, rng)}").ids[1:], r.end_id]  # noqa: E731
         segments = play(renderer, random.Random(i), act, lambda rng: " a <|im_end|> b\n  c")
         assert len(segments) == 1
         assert (
