@@ -65,7 +65,7 @@ class VllmConfig:
     max_context: int = 1024
     """Most tokens of an episode, prompt and completion; at most the model's positions."""
     prefill_tokens: int = 2048
-    """Most tokens of one step, prompts cut into pieces included."""
+    """Most tokens of one step, prompts cut into pieces included. On a CPU they are not cut, and it is a context at least."""
     tensor_parallel: int = 1
     """GPUs that hold the model together; a divisor of its heads."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -190,8 +190,7 @@ class VllmEngine(Engine):
         weights_of.check_fit(weights, self._shapes, f"version {version}")
         self._check_order(version)
         with written(self._shaped(weights), DTYPES[self.config.dtype]) as directory:
-            self._inbox.ask("publish", self._swap, version, directory, recompute)
-        self._weights, self._base = weights, base
+            self._inbox.ask("publish", self._swap, version, directory, (weights, base), recompute)
 
     def checksum(self) -> str:
         """`policy.weights.checksum` of what vLLM was given for this version. vLLM keeps it in another form; that it samples
@@ -302,10 +301,10 @@ class VllmEngine(Engine):
             self._vllm.abort_request([name])
             self._finish(name, "cancelled")
 
-    def _swap(self, version: int, directory: Path, recompute: bool) -> None:
+    def _swap(self, version: int, directory: Path, given: tuple[Weights, Any], recompute: bool) -> None:
         self._clock.enter("swap")
         self._vllm.collective_rpc("reload_weights", kwargs={"weights_path": str(directory)})
-        self._version = version
+        self._version, (self._weights, self._base) = version, given
         self._stamp()
         self._counts["swaps"] += 1
         self._counts["swaps_in_flight"] += bool(self._requests)
@@ -409,8 +408,9 @@ def _arguments(model: Path, sizes: Mapping[str, Any], config: VllmConfig, cpu: b
         "tensor_parallel_size": config.tensor_parallel,
         "max_model_len": config.max_context + 1,  # `score` samples a token behind a full context
         "max_num_seqs": config.slots,
-        "max_num_batched_tokens": max(config.prefill_tokens, config.slots),
-        "enable_chunked_prefill": True,
+        # On a CPU a prompt goes in one piece: vLLM can't take back what a seeded request draws after a piece of it.
+        "max_num_batched_tokens": max(config.prefill_tokens, config.slots + cpu * (config.max_context + 1)),
+        "enable_chunked_prefill": not cpu,
         "enable_prefix_caching": True,
         "async_scheduling": False,
         "logprobs_mode": "processed_logprobs",
@@ -419,6 +419,7 @@ def _arguments(model: Path, sizes: Mapping[str, Any], config: VllmConfig, cpu: b
         "kv_cache_memory_bytes": kv_bytes or None,
         "block_size": CPU_BLOCK if cpu else None,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
 
 

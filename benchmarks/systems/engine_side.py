@@ -53,12 +53,12 @@ def together(calls: Sequence[Callable[[], Any]]) -> list[Any]:
 # Speed.
 
 
-def open_engine(side: str, model: Path, slots: int, context: int, threads: int) -> Engine:
+def open_engine(side: str, model: Path, slots: int, context: int, threads: int, prefill: int = 2048) -> Engine:
     """The engine of that name."""
     if side == "vllm":
         from policy.vllm_engine import VllmConfig, VllmEngine
 
-        return VllmEngine(model, VllmConfig(slots=slots, max_context=context, threads=threads))
+        return VllmEngine(model, VllmConfig(slots=slots, max_context=context, threads=threads, prefill_tokens=prefill))
     from policy.torch_engine import EngineConfig, TorchEngine
 
     return TorchEngine(models.load(model), EngineConfig(slots=slots, max_context=context, threads=threads))
@@ -166,7 +166,8 @@ def proofs(model: Path, o: dict[str, Any]) -> dict[str, Any]:
     vocabulary = by_version[0].config.vocab_size
     context = o["prompt"] + o["new"]
     began = time.perf_counter()
-    with open_engine("vllm", model, 8, context, o["threads"]) as engine:
+    # Prompts come in several steps: less fits into one.
+    with open_engine("vllm", model, 8, context, o["threads"], prefill=8) as engine:
         found: dict[str, Any] = {"start": time.perf_counter() - began}
         found["parity"] = _parity(engine, by_version[0], vocabulary, o)
         found |= _in_flight(engine, by_version, vocabulary, o)

@@ -90,6 +90,7 @@ class EngineArgs:
     kv_cache_memory_bytes: int | None
     block_size: int | None
     disable_log_stats: bool
+    use_tqdm_on_load: bool
 
 
 @dataclass

@@ -122,6 +122,7 @@ def test_a_completion_is_what_vllm_sampled(engine: VllmEngine) -> None:
     completion = ask(engine, "e", max_tokens=30)()
     exact(PROMPT, completion)
     assert completion.versions == [0] * 30 and completion.finish == "length"
+    assert not vllm().args.enable_chunked_prefill and vllm().args.max_num_batched_tokens == 2048
     assert vllm().args.max_model_len == 201 and vllm().args.max_num_seqs == 4
     assert vllm().args.kv_cache_memory_bytes == 4 * (200 + 64) * 2 * 1 * 1 * 32 * 4
 
