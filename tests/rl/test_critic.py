@@ -221,6 +221,9 @@ def test_small_microbatches_give_the_update_of_one_batch(model_dir: Path) -> Non
             rows = valued(some_rows(12), x.critic.scan(ids(some_rows(12))), PRESETS["ppo"])
             losses.append(x.critic.update(rows, loss_of(rows, 0.2), 1e-2).loss)
     assert losses[:3] == pytest.approx(losses[3:], rel=1e-4) and losses[2] < losses[0]
+    # values of 0, and targets of 1 in every other trajectory: half the share of its tokens
+    paid, tokens = (sum(r.action_tokens for r in rows if r.advantage >= least) for least in (1, 0))
+    assert losses[0] == pytest.approx(paid / tokens / 2)
 
 
 def test_an_update_that_is_not_finite_is_skipped(model_dir: Path) -> None:
