@@ -221,9 +221,9 @@ def dialogues(renderer, name, count):
 
 @trl
 @pytest.mark.parametrize("name", NAMES)
-def test_each_turn_extends_the_last_or_is_a_branch(renderer_of, name, record_property):
+def test_each_turn_extends_the_last_or_is_a_branch(renderer_of, name):
     branches, turns = dialogues(renderer_of(name), name, 20)
-    record_property("branches", f"{branches} of {turns}")
+    print(f"{name}: {branches} of {turns} turns opened a branch")
     assert 0 < branches < turns
 
 
