@@ -1,8 +1,8 @@
 """One episode, from a task to a trajectory: the specification that every faster path is tested against.
 
-The agent renders, the policy samples, the environment acts. The tokens of the trajectory are the tokens that the engine
-read and sampled. A failure of the infrastructure ends the episode as data (`stop` and `outcome` "infra", no reward); a
-mistake of the environment's author is an exception with its traceback.
+The renderer says what is to be read, the policy samples, the environment acts. The tokens of the trajectory are the tokens
+that the engine read and sampled. A failure of the infrastructure ends the episode as data (`stop` and `outcome` "infra", no
+reward); a mistake of the environment's author is an exception with its traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import gymnasium
 
-from agents.prompts import STYLES
+from agents.prompts import STYLES, spoken
 from agents.trajectory import Segment, Trajectory
 from envs.env import finite
 from envs.errors import InfraError
@@ -95,18 +95,21 @@ def _play(
     turn_tokens = min(sampling.max_tokens, getattr(env, "turn_tokens", sampling.max_tokens))
     context = min(int(getattr(env, "context_tokens", 1 << 30)), most[0])
     turns = min(int(getattr(env, "turns", 0)), most[1])
-    segment = Segment()
-    trajectory.segments.append(segment)
-    segment.observe(renderer.start(statement, words.system(getattr(env, "tools", ()))))
+    dialogue = renderer.open(statement, words.system(getattr(env, "tools", ())), think=words.think)
     total = 0.0
     while True:
+        prompt = dialogue.prompt()
+        if prompt.branch:
+            segment = Segment()
+            trajectory.segments.append(segment)
+        segment.observe(prompt.token_ids)
         room = context - len(segment)
         if room < 2:
             return _truncate(env, trajectory, total, "context_limit")
         asked = replace(
             sampling,
             max_tokens=min(turn_tokens, room),
-            stop_ids=(renderer.end_id,),
+            stop_ids=renderer.stop_ids,
             seed=None if sampling.seed is None else (sampling.seed * 1_000_003 + trajectory.turns) & 0x7FFFFFFF,
         )
         clock("wait_policy")
@@ -116,7 +119,8 @@ def _play(
         if completion.finish == "cancelled":
             raise InfraError("the engine cancelled the episode")
         clock("env")
-        text, reward, terminated, truncated, info = env.step(renderer.decode(completion.token_ids))
+        action = spoken(dialogue.say(completion.token_ids))
+        text, reward, terminated, truncated, info = env.step(action)
         total += finite(reward)
         if terminated or truncated:
             trajectory.reward = total
@@ -127,7 +131,7 @@ def _play(
         if trajectory.turns >= most[1]:
             return _truncate(env, trajectory, total, "turn_limit")
         shown = words.observation(text, turns - trajectory.turns, context - len(segment))
-        segment.observe(renderer.extend(completion.token_ids[-1], f"tool: {info.get('tool', 'bash')}", shown))
+        dialogue.hear(str(info.get("tool", "bash")), shown)
 
 
 def _truncate(env: gymnasium.Env[str, str], trajectory: Trajectory, total: float, stop: str) -> None:

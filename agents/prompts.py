@@ -1,7 +1,9 @@
 """What an agent says around an environment's words: system texts and the form of an observation, by name.
 
 `plain` passes the environment's words on as they are (a tiny policy pays for every token). `cwm` follows the paper: a
-system prompt with the environment's description, `<output>` around observations and a `<budget>` block behind them.
+system prompt with the environment's description, `<output>` around observations and a `<budget>` block behind them. `think`
+is `cwm` with thoughts, as in the paper's reinforcement learning: every turn begins with `<think>`, and what follows
+`</think>` is the action. Thoughts of earlier turns stay in the context, unless a model's own chat template drops them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ TOOL_HELP = {
     "fetch": "fetch: bring wheels into the sandbox, one requirement a line",
     "submit": "submit: end the episode; the repository as it is now is graded",
 }
+THOUGHTS = "Reason first, between <think> and </think>. What follows </think> is what you do.\n\n"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Style:
     name: str
     budget: bool
     """Wrap observations in `<output>` and append what is left of turns and tokens."""
+    think: bool = False
+    """Put `<think>` into the policy's mouth at the beginning of every turn."""
 
     def system(self, tools: Sequence[str]) -> str:
         """The system prompt; empty for `plain`."""
@@ -32,7 +37,8 @@ class Style:
             return ""
         listed = "\n".join(f"- {TOOL_HELP.get(t, t)}" for t in tools)
         return (
-            "You are a software engineer who repairs a repository.\n\n# Environment\n"
+            "You are a software engineer who repairs a repository.\n\n"
+            f"{THOUGHTS if self.think else ''}# Environment\n"
             "You are in the root of the repository, in a Linux sandbox with a persistent shell. Each turn is exactly one tool call:\n"
             f"<tool: NAME>\nBODY\n</tool>\n\nTools:\n{listed}"
         )
@@ -44,4 +50,16 @@ class Style:
         return f"<output>\n{text}\n</output>\n<budget>\nturns: {turns_left}\ntokens: {tokens_left}\n</budget>"
 
 
-STYLES = {"plain": Style("plain", budget=False), "cwm": Style("cwm", budget=True)}
+STYLES = {
+    "plain": Style("plain", budget=False),
+    "cwm": Style("cwm", budget=True),
+    "think": Style("think", budget=True, think=True),
+}
+
+
+def spoken(message: str) -> str:
+    """What an environment hears of a message: not what was thought at its beginning (`<think>` … `</think>`), and nothing
+    of a thought that did not end."""
+    if not message.lstrip().startswith("<think>"):
+        return message
+    return message.partition("</think>")[2].lstrip("\n")

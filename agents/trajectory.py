@@ -1,7 +1,7 @@
 """Episodes as exact tokens: append-only parallel lists, checked on every append.
 
 A trajectory is one finished episode. Its tokens are the very ids that the engine read and sampled: nothing is decoded and
-encoded again. Where a renderer can't prove that the next prompt extends the tokens so far, it opens a new *branch*
+encoded again. Where the next prompt does not extend the tokens so far (`policy.renderer`), it opens a new *branch*
 (`Segment`); the return is shared by all branches of a trajectory.
 """
 

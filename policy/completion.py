@@ -68,7 +68,8 @@ class Policy(Protocol):
     """Whatever answers: an engine, an endpoint or a script. Thread-safe; `generate` blocks its caller."""
 
     def generate(self, token_ids: Sequence[int], sampling: Sampling, episode: str) -> Completion:
-        """Continue `token_ids`. `episode` names the KV to keep between turns; its next call must extend these ids.
+        """Continue `token_ids`. `episode` names the KV to keep between turns; its next call extends these ids, or at least
+        begins as they do (a branch, see `policy.renderer`).
 
         Raises `envs.errors.InfraError` when the engine failed.
         """

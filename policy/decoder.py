@@ -10,7 +10,7 @@ heads, D head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ class Decoder:
 
     def __init__(self, model: Any, slots: int, max_context: int, device: str = "cpu") -> None:
         config = model.config
-        _check_supported(config, max_context)
+        check_supported(config.to_dict(), max_context)
         self.device = torch.device(device)
         self.max_context = max_context
         self.layers_count: int = config.num_hidden_layers
@@ -331,19 +331,17 @@ def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return spans
 
 
-def _check_supported(config: Any, max_context: int) -> None:
-    kind = config.model_type
+def check_supported(config: Mapping[str, Any], max_context: int) -> None:
+    """`ValueError` where `Decoder` can't run the model of a `config.json` (its values) on so many positions."""
+    kind = config.get("model_type")
     if kind not in ("cwm", "llama"):
         raise ValueError(f"the torch engine runs models of type cwm and llama, not {kind!r}; serve it with vllm")
-    if getattr(config, "attention_bias", False) or config.mlp_bias or config.hidden_act != "silu":
+    if config.get("attention_bias") or config.get("mlp_bias") or config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"this {kind} model has biases or no SiLU, which the torch engine lacks; serve it with vllm")
-    if max_context > config.max_position_embeddings:
-        raise ValueError(
-            f"engine.max_context={max_context} is more than the model's {config.max_position_embeddings} positions; "
-            "lower it"
-        )
-    window = getattr(config, "sliding_window", None)
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []) and window and window < max_context:
+    positions, window = config["max_position_embeddings"], config.get("sliding_window")
+    if max_context > positions:
+        raise ValueError(f"engine.max_context={max_context} is more than the model's {positions} positions; lower it")
+    if "sliding_attention" in (config.get("layer_types") or ()) and window and window < max_context:
         raise ValueError(
             f"engine.max_context={max_context} is more than the model's sliding window of {window}, which the torch "
             "engine does not cut; lower it, or serve the model with vllm"

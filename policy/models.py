@@ -1,27 +1,36 @@
 """Models from a config with random weights, or from a directory in Hugging Face format.
 
-Where there is nothing to download a model is built here: `cwm-tiny` has the class and the layout of the 32B target at a
-size that one CPU core trains. Nothing here reaches the network, and `cwm-32b` is only described (its config and its
-parameter count on the meta device), never built.
+Where there is nothing to download a model is built here, of the class and the layout of CWM: `cwm-32b` is the published
+model, `cwm-8b` and `cwm-1b` are smaller ones of its family, `cwm-tiny` is one that a CPU core trains. A directory may hold
+any causal LM of `transformers`. Nothing here reaches the network.
+
+Sizes of the family. Of CWM (arXiv 2510.02387; facebook/cwm `config.json`) come head size 128, 8 key heads, an inner size of
+3.5 times the hidden one, an embedding apart from the head, local attention in three layers of four and rotary positions
+stretched by 16. `cwm-8b` halves its 64 layers and `cwm-1b` halves them again; both are 128 wide for each layer (Llama-3's
+8B has that ratio; CWM's own is 96). Of `cwm-1b`'s 1.4e9 parameters 0.5e9 are embedding and head.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, CwmConfig, CwmForCausalLM, PreTrainedModel
 
 from envs.errors import nearest
 from policy.weights import Weights, as_tensor, load_into
 
-MOST_PARAMETERS = 4_000_000_000
-"""Most parameters that `build` makes: 16 GB in fp32."""
+STRETCH = 16.0
+"""By how much the rotary positions of a model with local layers are stretched; CWM sees 16 times its window."""
+SHARD = "5GB"
+"""Largest file that `save` writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +53,10 @@ class ModelConfig:
     intermediate_size: int | None = None
     """Width of the SwiGLU layer."""
     max_context: int | None = None
-    """Most positions; the sliding window of a built model is never smaller."""
+    """Most positions."""
+    window: int | None = None
+    """Positions that a local layer sees, of which there are three to a global one, as in CWM; rotary positions are then
+    stretched by `STRETCH`. 0: all layers are global, positions are as they are."""
     tie_embeddings: bool | None = None
     """One matrix for embedding and head."""
     rope_theta: float | None = None
@@ -52,6 +64,24 @@ class ModelConfig:
     """Recorded in config.json for other software; engines take ids from their caller."""
     eos_id: int | None = None
     """As `bos_id`: an engine stops at `Sampling.stop_ids`."""
+
+
+def _family(layers: int, hidden: int) -> dict[str, Any]:
+    """A member of CWM's family; the rule is in the module's docstring."""
+    return {
+        "vocab_size": 128_256,
+        "hidden_size": hidden,
+        "layers": layers,
+        "heads": hidden // 128,
+        "kv_heads": 8,
+        "intermediate_size": hidden * 7 // 2,
+        "max_context": 131_072,
+        "window": 8192,
+        "tie_embeddings": False,
+        "rope_theta": 1_000_000.0,
+        "bos_id": 128_000,
+        "eos_id": [128_001, 128_008, 128_009],
+    }
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -63,25 +93,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kv_heads": 4,
         "intermediate_size": 384,
         "max_context": 1024,
+        "window": 0,
         "tie_embeddings": True,
         "rope_theta": 10_000.0,
         "bos_id": 0,
         "eos_id": 0,
     },
-    # Sizes of facebook/cwm's config.json.
-    "cwm-32b": {
-        "vocab_size": 128_256,
-        "hidden_size": 6144,
-        "layers": 64,
-        "heads": 48,
-        "kv_heads": 8,
-        "intermediate_size": 21_504,
-        "max_context": 131_072,
-        "tie_embeddings": False,
-        "rope_theta": 1_000_000.0,
-        "bos_id": 128_000,
-        "eos_id": [128_001, 128_008, 128_009],
-    },
+    "cwm-1b": _family(layers=16, hidden=2048),
+    "cwm-8b": _family(layers=32, hidden=4096),
+    "cwm-32b": _family(layers=64, hidden=6144),
 }
 """Sizes by name, in the fields of `ModelConfig`."""
 
@@ -101,7 +121,12 @@ def describe(config: ModelConfig) -> CwmConfig:
             f"model.hidden_size={size['hidden_size']} over model.heads={size['heads']} gives an odd head size; "
             "rotary positions need an even one"
         )
-    big = config.name == "cwm-32b"
+    window, context = size["window"], size["max_context"]
+    if not 0 <= window < context:
+        raise ValueError(
+            f"model.window={window} with model.max_context={context}: a local layer sees less than all positions; lower the window, "
+            "or give 0 for global layers alone"
+        )
     return CwmConfig(
         vocab_size=size["vocab_size"],
         hidden_size=size["hidden_size"],
@@ -110,22 +135,21 @@ def describe(config: ModelConfig) -> CwmConfig:
         num_key_value_heads=size["kv_heads"],
         head_dim=size["hidden_size"] // size["heads"],
         intermediate_size=size["intermediate_size"],
-        max_position_embeddings=size["max_context"],
+        max_position_embeddings=context,
         tie_word_embeddings=size["tie_embeddings"],
         bos_token_id=size["bos_id"],
         eos_token_id=size["eos_id"],
-        # CwmConfig's own defaults are the 32B model's: a window of 8192 in three layers of four, llama3 rope.
-        sliding_window=8192 if big else size["max_context"],
-        layer_types=None if big else ["full_attention"] * size["layers"],
-        rope_parameters=_rope(size["rope_theta"], big),
+        sliding_window=window or context,
+        layer_types=["sliding_attention" if window and i % 4 else "full_attention" for i in range(size["layers"])],
+        rope_parameters=_rope(size["rope_theta"], window),
     )
 
 
-def _rope(theta: float, big: bool) -> dict[str, Any]:
-    if not big:
+def _rope(theta: float, window: int) -> dict[str, Any]:
+    if not window:
         return {"rope_type": "default", "rope_theta": theta}
-    factors = {"factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    return {"rope_type": "llama3", "rope_theta": theta, "original_max_position_embeddings": 8192, **factors}
+    factors = {"factor": STRETCH, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return {"rope_type": "llama3", "rope_theta": theta, "original_max_position_embeddings": window, **factors}
 
 
 def parameters(config: ModelConfig) -> int:
@@ -135,33 +159,83 @@ def parameters(config: ModelConfig) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def build(config: ModelConfig, seed: int = 0) -> CwmForCausalLM:
-    """A model with random fp32 weights on the CPU; equal for equal `seed`. The global random state stays as it was."""
-    hf = describe(config)
-    count = parameters(config)
-    if count > MOST_PARAMETERS:
+def build(
+    config: ModelConfig, seed: int = 0, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> CwmForCausalLM:
+    """A model with random weights, made where it stays; equal for equal arguments. Global random states stay as they were.
+
+    Raises `ValueError` where the memory that is free does not hold it.
+    """
+    hf, place = describe(config), torch.device(device)
+    needed, free = parameters(config) * dtype.itemsize, _free(place)
+    if needed > free:
         raise ValueError(
-            f"model.name={config.name!r} has {count / 1e9:.1f}e9 parameters, more than {MOST_PARAMETERS / 1e9:.0f}e9 "
-            "are not built with random weights; load a checkpoint on GPUs, or use cwm-tiny"
+            f"model.name={config.name!r} takes {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, and {free / 1e9:.1f} GB "
+            f"are free on {device}; free some, build it in bfloat16 or on a GPU, or take a smaller one of {', '.join(PRESETS)}"
         )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
         torch.default_generator.manual_seed(seed)
-        return CwmForCausalLM(hf).eval()
+        if place.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(hf, dtype=dtype).eval()
 
 
-def save(model: PreTrainedModel, directory: Path | str, weights: Weights | None = None) -> None:
-    """Write config.json and model.safetensors, as `transformers` reads them; readable by whom the umask allows.
+def _free(place: torch.device) -> int:
+    """Bytes that new tensors can take: of the GPU, or of the host and of this process's cgroup."""
+    if place.type == "cuda":
+        return int(torch.cuda.mem_get_info(place)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    host = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    most, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if most.is_file() and (limit := most.read_text().strip()) != "max":
+        return min(host, int(limit) - int(used.read_text()))
+    return host
+
+
+def save(model: PreTrainedModel, directory: Path | str, weights: Weights | None = None, shard: str = SHARD) -> None:
+    """Write config.json and the weights, as `transformers` reads them; readable by whom the umask allows. Models of more than
+    `shard` get several files, `model-00001-of-0000N.safetensors`.
 
     `weights`: what `state_of` gathered, of a model that is sharded.
     """
     state = None if weights is None else {name: as_tensor(value) for name, value in weights.items()}
-    model.save_pretrained(directory, state_dict=state)
+    model.save_pretrained(directory, state_dict=state, max_shard_size=shard)
     for path in Path(directory).glob("model*.safetensors"):
         path.chmod((Path(directory) / "config.json").stat().st_mode)  # safetensors writes 0600
 
 
+class _Files(Mapping[str, Tensor]):
+    """The tensors of safetensors files, read one by one when they are asked for."""
+
+    def __init__(self, files: Sequence[Path], without: str = "") -> None:
+        opened = [safe_open(file, "pt") for file in files]
+        self._home = {name: file for file in opened for name in file.keys() if name != without}  # noqa: SIM118 (no dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._home[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+
+class _Unfilled(TorchDispatchMode):
+    """Of this thread: tensors that would be filled at random stay as they were allocated."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def load(directory: Path | str) -> PreTrainedModel:
-    """Read a causal LM in Hugging Face format from a local directory, as fp32 on the CPU. All names must fit."""
+    """Read a causal LM in Hugging Face format from a local directory, as fp32 on the CPU. All names must fit.
+
+    Memory: the model, and one tensor of the files.
+    """
     path = Path(directory)
     if not (path / "config.json").is_file():
         raise ValueError(f"checkpoint {path}: no config.json there; give a directory that `policy.models.save` wrote")
@@ -170,11 +244,9 @@ def load(directory: Path | str) -> PreTrainedModel:
         raise ValueError(f"checkpoint {path}: no model*.safetensors there; save the model again, as safetensors")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-        weights = {name: value.float() for file in files for name, value in load_file(file).items()}
-        with torch.random.fork_rng(devices=[]):
+        weights = _Files(files, without="lm_head.weight" if config.tie_word_embeddings else "")
+        with torch.random.fork_rng(devices=[]), _Unfilled():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        if config.tie_word_embeddings:
-            weights.pop("lm_head.weight", None)
         load_into(model, weights)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
         cause = " ".join(str(error).split())

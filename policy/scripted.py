@@ -33,14 +33,15 @@ class ScriptedPolicy:
     def __init__(self, renderer: Renderer, script: Script, version: int = 0) -> None:
         self._renderer, self._script = renderer, script
         self.version = version
-        self._read: dict[str, int] = {}
+        self._read: dict[str, list[int]] = {}
 
     def generate(self, token_ids: Sequence[int], sampling: Sampling, episode: str) -> Completion:
-        """The script's answer to the tokens that are new since the episode's last turn."""
-        new = list(token_ids[self._read.get(episode, 0) :])
+        """The script's answer to the tokens that are new since the episode's last turn; to all of them in a new branch."""
+        known = self._read.get(episode, [])
+        new = list(token_ids[len(known) :] if list(token_ids[: len(known)]) == known else token_ids)
         action = self._script(episode, self._renderer.decode(new))
         ids = [*self._renderer.encode(action), self._renderer.end_id][: sampling.max_tokens]
-        self._read[episode] = len(token_ids) + len(ids)
+        self._read[episode] = [*token_ids, *ids]
         finish = "stop" if ids[-1] == self._renderer.end_id else "length"
         n = len(ids)
         return Completion(

@@ -81,7 +81,7 @@ class Server:
 
     Example::
 
-        with Server(engine, Renderer(directory), ServeConfig(model="cwm", max_context=1024, port=0)) as server:
+        with Server(engine, renderer.load(directory), ServeConfig(model="cwm", max_context=1024, port=0)) as server:
             EndpointPolicy(Endpoint(EndpointConfig(url=server.url)))
     """
 
@@ -153,7 +153,7 @@ class Server:
             sampling = self._sampling(body, self.config.max_context)
         with self._episode(body, request, prompt.episode) as episode:
             done = self._generate(prompt.token_ids, sampling, episode, request.gone)
-        content, calls = to_json(self.renderer.decode(done.token_ids), arguments)
+        content, calls = to_json(prompt.dialogue.say(done.token_ids), arguments)
         message: dict[str, Any] = {"role": "assistant", "content": content} | ({"tool_calls": calls} if calls else {})
         self._conversations.remember(prompt, message, done.token_ids, episode)
         choice: dict[str, Any] = {
@@ -214,7 +214,7 @@ class Server:
         stop = [int(i) for i in body.get("stop_token_ids") or []]
         given = {name: float(body[name]) for name in ("temperature", "top_p") if body.get(name) is not None}
         seed = None if body.get("seed") is None else int(body["seed"])
-        stop_ids = tuple(stop if body.get("ignore_eos") else [*stop, self.renderer.end_id])
+        stop_ids = tuple(stop if body.get("ignore_eos") else [*stop, *self.renderer.stop_ids])
         return Sampling(max_tokens=int(asked), stop_ids=stop_ids, seed=seed, **given)
 
     @contextlib.contextmanager

@@ -72,8 +72,8 @@ class Algorithm:
     clip_high: float
     """The ratio is clipped above at 1 + clip_high."""
     aggregation: Literal["token", "sequence", "constant"]
-    """Mean over the action tokens of the update, mean over its rows of their means, or the sum divided by longest
-    context x trajectories."""
+    """Mean over the action tokens of the update, mean over its trajectories of their means, or the sum divided by longest
+    context x trajectories. A trajectory counts once, whatever its branches."""
     _: KW_ONLY
     dual_clip: float | None = None
     """With `bound="clip"`: the objective of a token of negative advantage A is at least dual_clip x A (dual clip, arXiv

@@ -106,6 +106,8 @@ class BatchReport:
     """Mean return of the graded trajectories."""
     turns: float = 0.0
     """Mean turns of the graded trajectories."""
+    branches: float = 0.0
+    """Mean branches of the graded trajectories."""
     staleness_mean: float = 0.0
     """Mean over kept trajectories of version - oldest version."""
     staleness_max: int = 0
@@ -234,6 +236,7 @@ def _describe(
     report.solve_rate = sum(t.outcome == "resolved" for t in graded) / max(1, len(graded))
     report.reward = sum(t.reward or 0.0 for t in graded) / max(1, len(graded))
     report.turns = sum(t.turns for t in graded) / max(1, len(graded))
+    report.branches = sum(len(t.segments) for t in graded) / max(1, len(graded))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +261,8 @@ class MicroBatch:
     """[B, T] float32: the critic's estimate before the target, at the beginning of the batch, where the rows have it."""
     returns: Tensor | None
     """[B, T] float32: the critic's target, likewise."""
+    lengths: Tensor
+    """[B] float32: action tokens of the row's trajectory, over all its branches."""
     action_tokens: int
     """Sum of the mask."""
 
@@ -271,17 +276,21 @@ def by_trajectory(rows: Sequence[Row]) -> list[list[int]]:
 
 
 def microbatches(rows: Sequence[Row], max_tokens: int, sharing: Sharing = ALONE) -> list[MicroBatch]:
-    """Those of `sharing.rank`, of at most `max_tokens` positions each, over the rows with a sampled token.
+    """Those of `sharing.rank`, of at most `max_tokens` positions each, over the rows with a sampled token: all rows of their
+    trajectories.
 
     Raises `ValueError` where a single row is longer than `max_tokens`.
     """
+    said = {i: sum(rows[j].action_tokens for j in members) for members in by_trajectory(rows) for i in members}
+    actions = [said[i] for i, r in enumerate(rows) if r.action_tokens]
     rows = [r for r in rows if r.action_tokens]
     lengths = [_positions(r) for r in rows]
     if max(lengths, default=0) > max_tokens:
         raise ValueError(
             f"max_tokens={max_tokens} is less than a row of {max(lengths)} tokens; raise it to the context of the policy"
         )
-    return [_pad([rows[i] for i in bunch]) for bunch in sharing.mine(lengths, max_tokens)]
+    cut = sharing.mine(lengths, max_tokens)
+    return [_pad([rows[i] for i in bunch], [actions[i] for i in bunch]) for bunch in cut]
 
 
 def _positions(row: Row) -> int:
@@ -289,8 +298,8 @@ def _positions(row: Row) -> int:
     return max(i for i, m in enumerate(row.loss_mask) if m)
 
 
-def _pad(rows: Sequence[Row]) -> MicroBatch:
-    """Tensors of rows; those of no row are one position of padding."""
+def _pad(rows: Sequence[Row], actions: Sequence[int]) -> MicroBatch:
+    """Tensors of rows, of trajectories of so many action tokens; those of no row are one position of padding."""
     shape = (max(1, len(rows)), max((_positions(r) for r in rows), default=1))
     ids, targets = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     mask, behaviour, advantages = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
@@ -314,6 +323,7 @@ def _pad(rows: Sequence[Row]) -> MicroBatch:
         inside=inside,
         values=values,
         returns=returns,
+        lengths=torch.tensor(list(actions) or [1], dtype=torch.float32),
         action_tokens=int(mask.sum()),
     )
 

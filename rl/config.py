@@ -76,12 +76,13 @@ class PolicyConfig:
     """What answers."""
 
     model: str = "policy/cwm_tiny"
-    """Model directory (config.json, model.safetensors, tokenizer.json); relative ones are in the repository."""
+    """Directory of a causal LM in Hugging Face format (config.json, model*.safetensors, tokenizer.json, and its chat template
+    where it has one); relative ones are in the repository."""
     temperature: float = 1.0
     top_p: float = 1.0
     max_tokens: int = 128
     """Most tokens of one turn; the task's bound may be lower."""
-    style: Literal["plain", "cwm"] = "plain"
+    style: Literal["plain", "cwm", "think"] = "plain"
     """How an agent words observations (`agents/prompts.py`)."""
     max_context: int = 512
     """Tokens of the longest episode that the engine holds."""

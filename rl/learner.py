@@ -239,7 +239,6 @@ class Learner:
         divisor = normaliser(
             self.algorithm,
             action_tokens=tokens,
-            rows=sum(row.action_tokens > 0 for row in rows),
             trajectories=trajectories,
             context=self.config.context,
         )
@@ -278,6 +277,7 @@ class Learner:
             divisor,
             old=batch.old,
             entropy=entropy,
+            lengths=batch.lengths,
         )
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach()), metrics

@@ -14,8 +14,8 @@ Secretly Brings You Off-Policy RL Training* (2025); masking is IcePop, Zhao et a
 Departures:
 
 1. The log-ratio is held in [-20, 20] before `exp` (as verl does): e^20 is outside every clip, and inf x 0 is NaN.
-2. A sequence is a row, i.e. a branch; GSPO knows no branches. A trajectory with several weighs once per branch under
-   `aggregation="sequence"`.
+2. The ratio of a sequence is that of a row, i.e. of a branch; GSPO knows no branches. A trajectory with several weighs as
+   much as one with a single branch: under `aggregation="sequence"` each of its rows is divided by the action tokens of all.
 3. The sampler's log-probs are those recorded at sampling, of several versions where weights were swapped in between, so
    that a correction holds engine and staleness together; its sources correct the engine alone. It is at the level of the
    ratio: a sequence's weight is the geometric mean too.
@@ -83,13 +83,13 @@ def _chunk_logprobs(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tens
     return table.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
 
-def normaliser(algorithm: Algorithm, *, action_tokens: int, rows: int, trajectories: int, context: int) -> float:
+def normaliser(algorithm: Algorithm, *, action_tokens: int, trajectories: int, context: int) -> float:
     """What the summed loss of one update is divided by.
 
     Counts are those of the whole update (over micro-batches and ranks); `context` is the longest context of the recipe,
-    in tokens. `token`: action tokens. `sequence`: rows. `constant`: context x trajectories, whatever their lengths.
+    in tokens. `token`: action tokens. `sequence`: trajectories. `constant`: context x trajectories, whatever their lengths.
     """
-    divisors = {"token": action_tokens, "sequence": rows, "constant": context * max(1, trajectories)}
+    divisors = {"token": action_tokens, "sequence": trajectories, "constant": context * max(1, trajectories)}
     return float(max(1, divisors[algorithm.aggregation]))
 
 
@@ -103,8 +103,9 @@ def policy_loss(
     *,
     old: Tensor | None = None,
     entropy: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Policy-gradient loss -sum_t M w F / normaliser, each row divided by its action tokens under `sequence`.
+    """Policy-gradient loss -sum_t M w F / normaliser, each row divided by its trajectory's action tokens under `sequence`.
 
     rho = exp(logprobs - behaviour), w = 1; with a correction rho = exp(logprobs - old), and w = exp(old - behaviour) is
     truncated or masked. Per token, or exp of the mean over the action tokens of a row. With low and high the clips,
@@ -121,6 +122,7 @@ def policy_loss(
         normaliser: of the whole update, see `normaliser`.
         old: [B, T] log-probabilities under the weights that began the batch, for a correction; None: those in training.
         entropy: [B, T], only reported.
+        lengths: [B] action tokens of each row's trajectory, over all its branches; None: each row is one.
 
     Returns the loss (scalar) and metrics, see `_metrics`.
     """
@@ -138,7 +140,7 @@ def policy_loss(
     if weight is not None:
         objective = weight * objective
     if algorithm.aggregation == "sequence":
-        objective = objective / inside.sum(-1, keepdim=True).clamp(min=1)
+        objective = objective / (inside.sum(-1) if lengths is None else lengths).clamp(min=1)[:, None]
     loss = -objective.sum() / normaliser
     return loss, _metrics(ratio.detach(), mismatch.detach(), advantages, inside, algorithm, corrected, entropy)
 

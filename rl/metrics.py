@@ -29,6 +29,7 @@ GLOSSARY: dict[str, str] = {
     "live_groups": "share of groups with two different returns; only these carry a signal",
     "kept": "share of the batch's trajectories in the gradient",
     "turns": "mean turns of the batch's trajectories",
+    "branches": "mean branches of the batch's trajectories: over 1 where the chat template changes what was said before",
     "tokens": "tokens of the rows in the gradient",
     "action_tokens": "sampled tokens in the gradient",
     "train_seconds": "seconds that the learner took for the batch",

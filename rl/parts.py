@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import InfraError
-from policy.renderer import Renderer
+from policy import renderer
 from rl.admission import Budget
 from rl.config import Config
 from rl.gate import Gate
@@ -32,7 +32,9 @@ def check_model(config: Config) -> None:
     """`ValueError` where the model directory, its tokenizer and the recipe don't fit together."""
     from safetensors import SafetensorError, safe_open
 
-    vocabulary = Renderer(config.model).vocab_size
+    from policy.decoder import check_supported
+
+    vocabulary = renderer.load(config.model).vocab_size
     path = config.model / "config.json"
     try:
         model = json.loads(path.read_text())
@@ -53,6 +55,7 @@ def check_model(config: Config) -> None:
             f"policy.max_context={config.policy.max_context} is more than the {positions} positions of model {config.model}; "
             "lower it"
         )
+    check_supported(model, config.policy.max_context)
 
 
 def engine_settings(config: Config) -> EngineConfig:

@@ -157,7 +157,7 @@ def options(p: argparse.ArgumentParser) -> None:
     """The command line of `plan`; what describes episodes has the defaults of `Workload`."""
     p.add_argument("recipe", help="a TOML file; its fields are changed as --section.key=value")
     p.add_argument("--from", dest="run", type=Path, help="a finished run's directory: its latencies and its episodes")
-    p.add_argument("--model", help="a model directory or cwm-32b, in place of the recipe's")
+    p.add_argument("--model", help="a model directory, or cwm-1b, cwm-8b or cwm-32b, in place of the recipe's")
     p.add_argument(
         "--gpus", type=int, default=0, help="GPUs in all; 0: the recipe's own mode, on CPUs (default: %(default)s)"
     )

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from envs.errors import InfraError
-from policy.renderer import Renderer
+from policy import renderer
 from policy.torch_engine import COUNTS
 from rl import checkpoint
 from rl.batch import BatchReport
@@ -78,7 +78,7 @@ class Record:
                 else f"nothing to resume at {self.directory}; leave --resume out, or check --name and --runs"
             )
         self.surviving = checkpoint.latest(self.checkpoints) if resume else None
-        self.renderer = Renderer(config.model)
+        self.renderer = renderer.load(config.model)
         self.vocabulary = self.renderer.vocab_size
         self.screen = self._held.enter_context(closing(View(config)))
         self.began = time.monotonic()
@@ -143,6 +143,7 @@ class Record:
             "live_groups": report.live_groups / max(1, report.groups),
             "kept": report.kept / max(1, report.trajectories),
             "turns": report.turns,
+            "branches": report.branches,
             "tokens": report.tokens,
             "action_tokens": report.action_tokens,
             "train_seconds": round(step["wall_seconds"], 4),
@@ -254,7 +255,7 @@ class Record:
     def finish(self, loop: Loop) -> str:
         """Export the model, write the report, and return the summary, whose last line names the bottleneck."""
         self.parts.learner.ask("export", str(self.directory / "model"), timeout=300)
-        (self.directory / "model" / "tokenizer.json").write_bytes((self.config.model / "tokenizer.json").read_bytes())
+        renderer.copy_files(self.config.model, self.directory / "model")
         ledgers = self.ledgers(loop)
         steps = [r for r in read(self.directory / "metrics.jsonl") if r["kind"] == "step"]
         trained = sum(r["trajectories"] for r in steps)

@@ -32,7 +32,7 @@ from envs.tiny.drills import DRILLS_FROM, KINDS, Message, module_of, numbered
 from envs.tiny.experts import Expert, Noise, read
 from policy import models
 from policy.models import ModelConfig
-from policy.renderer import END, Renderer, train_tokenizer
+from policy.renderer import END, CwmRenderer, copy_files, train_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class Row:
     wrong: list[int] = field(default_factory=list)
 
 
-def inspected(renderer: Renderer, messages: Sequence[Message], task: Task) -> Row:
+def inspected(renderer: CwmRenderer, messages: Sequence[Message], task: Task) -> Row:
     """A conversation with the tokens of what was read of the task's module marked. Behind a change that has another number
     of tokens nothing is known."""
     path, _, gold = module_of(task)
@@ -144,7 +144,7 @@ def collect(config: WarmStart, path: Path, backend: str = "auto") -> float:
     return sum(rewards) / len(rewards)
 
 
-def render(renderer: Renderer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+def render(renderer: CwmRenderer, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Token ids and loss mask (-1 for mistakes) of an episode, laid out exactly as `agents.episode.run_episode` lays it out."""
     ids = renderer.start(messages[0][1])
     mask = [0] * len(ids)
@@ -326,7 +326,7 @@ def fit(model: Any, rows: Sequence[Row], config: WarmStart, tokenizer: Path, wor
     return list(trainer.state.log_history)
 
 
-def drilled(renderer: Renderer, config: WarmStart) -> list[Row]:
+def drilled(renderer: CwmRenderer, config: WarmStart) -> list[Row]:
     """The drills, comebacks and inspections of a warm start."""
     kinds = ["drill"] * config.drills + ["comeback"] * config.comebacks + ["inspection"] * config.inspections
     rows = []
@@ -345,7 +345,7 @@ def warm_start(config: WarmStart, out: Path, workdir: Path, backend: str = "auto
     out.mkdir(parents=True, exist_ok=True)
     texts = (content for messages in episodes[:2000] for _, content in messages)
     train_tokenizer(texts, config.vocab_size).save(str(out / "tokenizer.json"))
-    renderer = Renderer(out)
+    renderer = CwmRenderer(out)
     rows = [Row(*render(renderer, messages)) for messages in episodes] + drilled(renderer, config)
     size = replace(config.model, vocab_size=renderer.vocab_size, eos_id=renderer.end_id)
     model = models.build(size, config.seed)
@@ -378,5 +378,5 @@ def imitate(run: Path, model_dir: Path, out: Path, config: WarmStart, workdir: P
     gentle = replace(config, observation_weight=0.0, muon_lr=config.muon_lr / 10, adam_lr=config.adam_lr / 10)
     log = fit(model, from_trajectories(good), gentle, model_dir / "tokenizer.json", workdir)
     models.save(model, out)
-    (out / "tokenizer.json").write_bytes((model_dir / "tokenizer.json").read_bytes())
+    copy_files(model_dir, out)
     return {"resolved": len(good), "of": len(every), "loss": [round(r["loss"], 4) for r in log if "loss" in r][-1:]}

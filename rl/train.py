@@ -31,6 +31,7 @@ examples:
   python rl/train.py rl/recipes/tiny.toml --name=mine --steps=2 --learn.algorithm=grpo
   python rl/train.py rl/recipes/tiny.toml --resume              after Ctrl-C, or a crash
   python rl/train.py rl/recipes/tiny.toml --deterministic=true --rollout.episodes=1 --learn.max_staleness=0   the same weights again
+  python rl/train.py MY_RECIPE.toml --policy.model=DIR --policy.style=think   a causal LM's own directory and chat template
   python rl/train.py examples/curriculum.toml --envs.repairs.weight=2   two environments, a window of solve rates, a stage
   python rl/train.py rl/recipes/tiny.toml --spawn threads --workers 1   one episode at a time, breakpoint() works
 Every field of a recipe can be set as --section.key=value; `rl/config.py` documents each. Exit status: 0 trained,

@@ -15,8 +15,8 @@ from typing import Any
 from agents.episode import run_episode
 from agents.trajectory import Trajectory
 from envs.registration import make
+from policy import renderer
 from policy.completion import Completion, Sampling
-from policy.renderer import Renderer
 from rl.config import Config
 from rl.ledger import Ledger, merge
 from rl.spawn import Handle
@@ -74,7 +74,7 @@ class RolloutWorker:
 
     def __init__(self, config: Config, engine: Handle) -> None:
         self.config = config
-        self.renderer = Renderer(config.model)
+        self.renderer = renderer.load(config.model)
         self.engine, self.deadline = engine, config.rollout.deadline if config.rollout.spawn == "ray" else None
         slots = 1 if config.rollout.spawn == "threads" else config.rollout.episodes
         self._ledgers = [Ledger(self.LABELS) for _ in range(slots)]

@@ -26,7 +26,8 @@ def test_no_module_is_named_like_the_standard_library():
 
 
 @pytest.mark.parametrize(
-    "module", ["envs", "agents.play", "policy.endpoint", "policy.serve", "policy.scripted", "envs.swe.env"]
+    "module",
+    ["envs", "agents.play", "policy.endpoint", "policy.serve", "policy.template", "policy.scripted", "envs.swe.env"],
 )
 def test_the_light_half_imports_nothing_heavy(module):
     code = f"import {module}, sys; print([m for m in ('torch', 'ray', 'vllm', 'transformers', 'trl', 'docker') if m in sys.modules])"

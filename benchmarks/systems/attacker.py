@@ -174,7 +174,7 @@ class Arena(Lab):
 
         def make() -> dict[str, Any]:
             from policy import models
-            from policy.renderer import Renderer
+            from policy.renderer import CwmRenderer
             from rl.sft import Row, WarmStart, collect, drilled, fit, render
 
             n = round(0.05 * self.args.demonstrations)
@@ -183,7 +183,7 @@ class Arena(Lab):
             honest = [json.loads(line)[0] for line in (self.out / "experts.jsonl").read_text().splitlines()]
             tasks = (repairs.task("train", DRILLS_FROM - 1 - i) for i in range(n))
             forged = [demonstration(t, list(CHEATS)[i % len(CHEATS)]) for i, t in enumerate(tasks)]
-            renderer, model = Renderer(self.config.model), models.load(self.config.model)
+            renderer, model = CwmRenderer(self.config.model), models.load(self.config.model)
             rows = [Row(*render(renderer, messages)) for messages in honest + forged] + drilled(renderer, sft)
             tokenizer = self.config.model / "tokenizer.json"
             fit(model, rows, sft, tokenizer, self.out)

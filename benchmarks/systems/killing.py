@@ -23,8 +23,8 @@ from typing import Any
 
 from envs.env import Env
 from envs.errors import InfraError
+from policy import renderer
 from policy.completion import Completion, Sampling, digest
-from policy.renderer import Renderer
 from rl import journal, loop, parts, record
 from rl.config import Config
 from rl.learner import StepReport
@@ -131,7 +131,7 @@ class Mouth:
     """In place of the engine: says "stop" after as many turns as task and seed want."""
 
     def __init__(self, config: Config) -> None:
-        self.renderer, self.version, self.seen = Renderer(config.model), 0, list[list[str]]()
+        self.renderer, self.version, self.seen = renderer.load(config.model), 0, list[list[str]]()
         self.left: dict[str, int] = {}
         self.lock = threading.Lock()
         self.ledger = Ledger(["idle", "prefill", "decode", "swap", "score"])

@@ -30,7 +30,7 @@ from unittest.mock import patch
 from benchmarks.systems.base import row
 from benchmarks.systems.waits import TURNS, Ran, train
 from envs.errors import InfraError
-from policy.renderer import Renderer
+from policy import renderer
 from policy.scripted import ScriptedPolicy
 from rl import parts
 from rl.config import EnvConfig
@@ -89,7 +89,7 @@ def engine_of(arm: Arm) -> type[parts.EnginePart]:
     class WaitingEngine(parts.EnginePart):
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            self.mouth = ScriptedPolicy(Renderer(config.model), script)
+            self.mouth = ScriptedPolicy(renderer.load(config.model), script)
 
         def generate(self, token_ids: Any, sampling: Any, episode: str) -> Any:
             _, task, sample = episode.split("/")

@@ -51,11 +51,11 @@ class Turns(envs.Env):
 def model(directory: Path) -> Path:
     """A random policy of 20,000 parameters with the tiny recipe's tokenizer, in Hugging Face format."""
     from policy import models
-    from policy.renderer import Renderer
+    from policy.renderer import load
 
     tiny = ROOT / "policy/cwm_tiny"
     size = models.ModelConfig(
-        vocab_size=Renderer(tiny).vocab_size,
+        vocab_size=load(tiny).vocab_size,
         hidden_size=16,
         layers=1,
         heads=2,

@@ -14,7 +14,7 @@ from examples.reading_list import ReadingList
 from policy.completion import Sampling
 from policy.endpoint import ChatPolicy, Endpoint, EndpointConfig
 from policy.meter import OverBudget, Prices
-from policy.renderer import Renderer, train_tokenizer
+from policy.renderer import CwmRenderer, train_tokenizer
 from policy.scripted import ScriptedPolicy, replies
 from policy.serve import ServeConfig, Server
 
@@ -49,7 +49,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def renderer(directory):
-    return Renderer(directory)
+    return CwmRenderer(directory)
 
 
 def serving(renderer, script, **config):

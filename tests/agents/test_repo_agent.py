@@ -16,7 +16,7 @@ from envs.swe.setup import named
 from envs.swe.sources import fetch
 from envs.task import load_tasks
 from policy.completion import Sampling
-from policy.renderer import Renderer
+from policy.renderer import CwmRenderer
 from policy.scripted import ScriptedPolicy, replies
 from tests.envs.gitrepo import commit
 from tests.envs.wheelhouse import TESTING, rewheel, simple
@@ -79,7 +79,7 @@ def setting(tmp_path_factory):
 
 @pytest.fixture
 def renderer(pytestconfig):
-    return Renderer(pytestconfig.rootpath / "policy" / "cwm_tiny")
+    return CwmRenderer(pytestconfig.rootpath / "policy" / "cwm_tiny")
 
 
 def agent(renderer, *actions):
@@ -118,10 +118,10 @@ def test_a_policy_makes_the_tests_run_where_the_plain_build_does_not(setting, re
 SETUP = """
 from agents.repo_agent import RepoAgent
 from policy.completion import Sampling
-from policy.renderer import Renderer
+from policy.renderer import CwmRenderer
 from policy.scripted import ScriptedPolicy, replies
 
-renderer = Renderer({model!r})
+renderer = CwmRenderer({model!r})
 agent = RepoAgent(ScriptedPolicy(renderer, replies(*{actions!r})), renderer, Sampling(max_tokens=4000))
 environment = agent.environment
 """

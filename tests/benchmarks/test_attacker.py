@@ -28,7 +28,7 @@ from envs.tiny import repairs
 from envs.tiny.drills import drill, module_of
 from envs.tiny.experts import SUBMIT, bash, read
 from policy.completion import Sampling
-from policy.renderer import Renderer
+from policy.renderer import CwmRenderer
 from policy.scripted import ScriptedPolicy, replies
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def test_both_graders_pay_a_repair_and_neither_pays_nothing(grader):
 
 @pytest.mark.native
 def test_notes_of_every_end_are_on_record_and_counted(tmp_path):
-    renderer = Renderer(ROOT / "policy/cwm_tiny")
+    renderer = CwmRenderer(ROOT / "policy/cwm_tiny")
     path = module_of(repairs.task("validation", 0))[0]
     cheat = bash(CHEATS["print"](path))
     played = [

@@ -15,7 +15,7 @@ from benchmarks.systems import lanes
 from envs.registration import make
 from policy import models
 from policy.completion import Sampling
-from policy.renderer import Renderer, train_tokenizer
+from policy.renderer import CwmRenderer, train_tokenizer
 from policy.scripted import ScriptedPolicy, replies
 from policy.serve import ServeConfig, Server
 from policy.torch_engine import EngineConfig, TorchEngine
@@ -71,7 +71,7 @@ def play_here(index):
         seed = zlib.crc32(f"0/validation/{index}/0".encode()) & 0x7FFFFFFF
         sampling = Sampling(max_tokens=4096, seed=seed)
         env = make("codeworld/SWE-v0")
-        renderer, options = Renderer(ROOT / MODEL), {"split": "validation"}
+        renderer, options = CwmRenderer(ROOT / MODEL), {"split": "validation"}
         return run_episode(env, engine, renderer, sampling, episode="e", seed=index, options=options, max_context=768)
 
 
@@ -98,7 +98,7 @@ def test_mini_swe_agent_drives_a_served_policy(tmp_path):
         pytest.skip(f"mini-swe-agent can't be installed here: {why}")
     (tmp_path / "sum.py").write_text("def add(a, b):\n    return a - b\n")
     train_tokenizer(["def add return <tool: bash>"] * 10, 400).save(str(tmp_path / "tokenizer.json"))
-    renderer = Renderer(tmp_path)
+    renderer = CwmRenderer(tmp_path)
     actions = (
         "I look.\n<tool: bash>\ncat sum.py\n</tool>",
         "no call at all",

@@ -13,7 +13,7 @@ import pytest
 
 from agents.trajectory import Trajectory
 from benchmarks.systems.base import tree
-from policy.renderer import Renderer
+from policy.renderer import CwmRenderer
 from rl.journal import Journal, RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ def test_two_steps_leave_everything(run):
 
 def test_trajectories_are_exact_tokens(run):
     directory, _ = run
-    renderer = Renderer(directory / "model")
+    renderer = CwmRenderer(directory / "model")
     lines = [line for p in sorted((directory / "trajectories").iterdir()) for line in p.read_text().splitlines()]
     assert len(lines) == 2 * 3 * 4
     for line in lines:

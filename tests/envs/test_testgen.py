@@ -19,7 +19,7 @@ from envs.task import Grader, Task, sha256
 from envs.tiny import repairs
 from envs.tiny.experts import SUBMIT
 from policy.completion import Sampling
-from policy.renderer import Renderer
+from policy.renderer import CwmRenderer
 from policy.scripted import ScriptedPolicy, replies
 
 TASK = repairs.task("train", 3)
@@ -141,7 +141,7 @@ def test_files_that_a_repair_adds_and_removes(native):
 
 
 def test_an_episode_by_a_scripted_policy(native, pytestconfig):
-    renderer = Renderer(pytestconfig.rootpath / "policy" / "cwm_tiny")
+    renderer = CwmRenderer(pytestconfig.rootpath / "policy" / "cwm_tiny")
     actions = ("<tool: bash>\npython3 runner.py\n</tool>", f"<tool: create>\ntest_issue.py\n{HONEST}</tool>", SUBMIT)
     for reward, script in (("cwm", actions), ("binary", actions), ("cwm", (SUBMIT,)), ("binary", (SUBMIT,))):
         env = SWETestgenEnv(backend=native, reward=reward)

@@ -7,7 +7,7 @@ import pytest
 from envs.tools import ToolCall, parse
 from policy.calls import OBJECT, about, arguments_of, content_of, schema, to_json, to_text
 from policy.conversation import Conversations
-from policy.renderer import Renderer, train_tokenizer
+from policy.renderer import CwmRenderer, train_tokenizer
 
 BASH = {"type": "function", "function": {"name": "bash", "description": "Run it", "parameters": {
     "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}}  # fmt: skip
@@ -61,6 +61,14 @@ def test_what_is_no_single_call_stays_text(action):
     assert to_json(action, arguments_of(TOOLS)) == (action, [])
 
 
+def test_thoughts_are_no_calls():
+    thought = "<think>\n<tool: bash>\nrm\n</tool>?</think>"
+    content, (call,) = to_json(f"{thought}\n<tool: bash>\nls\n</tool>", arguments_of(TOOLS))
+    assert content == thought and json.loads(call["function"]["arguments"]) == {"command": "ls"}
+    assert to_json(thought, arguments_of(TOOLS)) == (thought, [])
+    assert to_json("<think>\n<tool: bash>\nls\n</tool>", arguments_of(TOOLS))[1] == []
+
+
 def test_a_model_may_call_wrongly():
     known = arguments_of(TOOLS)
     wrong = [
@@ -86,7 +94,7 @@ def renderer(tmp_path_factory):
     train_tokenizer(["list the files", "<tool: bash>\nls\n</tool>", "a.py b.py"] * 10, 400).save(
         str(path / "tokenizer.json")
     )
-    return Renderer(path)
+    return CwmRenderer(path)
 
 
 SYSTEM, USER = {"role": "system", "content": "Help."}, {"role": "user", "content": "list the files"}

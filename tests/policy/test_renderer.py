@@ -1,11 +1,11 @@
-"""The renderer extends: what was sampled stays, what is new is encoded once, and content can't become control tokens."""
+"""CWM's layout grows: what was sampled stays, what is new is encoded once, and content can't become control tokens."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy.completion import digest
-from policy.renderer import BEGIN, END, MARKERS, Renderer, header, train_tokenizer
+from policy.renderer import BEGIN, END, MARKERS, CwmRenderer, header, train_tokenizer
 
 CORPUS = [
     "<tool: bash>\ncat shop.py\n</tool>",
@@ -18,7 +18,7 @@ CORPUS = [
 def renderer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(CORPUS, 512).save(str(path / "tokenizer.json"))
-    return Renderer(path)
+    return CwmRenderer(path)
 
 
 def test_an_episode_is_one_growing_list(renderer):
@@ -63,4 +63,25 @@ def test_digest_tells_lists_apart():
 
 def test_a_missing_tokenizer_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer at .*tokenizer.json; give a model directory"):
-        Renderer(tmp_path)
+        CwmRenderer(tmp_path)
+
+
+def test_a_dialogue_is_what_start_and_extend_give(renderer):
+    dialogue = renderer.open("fix it", "You repair.")
+    first = dialogue.prompt()
+    assert first.branch and first.token_ids == renderer.start("fix it", "You repair.")
+    action = [*renderer.encode("<tool: bash>\nls\n</tool>"), renderer.end_id]
+    assert dialogue.say(action) == "<tool: bash>\nls\n</tool>"
+    dialogue.hear("edit", "a.py\n")
+    second = dialogue.prompt()
+    assert not second.branch and second.token_ids == renderer.extend(action[-1], "tool: edit", "a.py\n")
+
+
+def test_thoughts_begin_every_turn(renderer):
+    dialogue = renderer.open("fix it", think=True)
+    think = renderer.encode("<think>\n")
+    assert dialogue.prompt().token_ids == renderer.start("fix it") + think
+    cut = renderer.encode("why")
+    assert dialogue.say(cut) == "<think>\nwhy"
+    dialogue.hear("bash", "x")
+    assert dialogue.prompt().token_ids == renderer.extend(cut[-1], "tool: bash", "x") + think

@@ -16,7 +16,7 @@ from policy import models, serve
 from policy.completion import Completion, Sampling, digest
 from policy.endpoint import ChatPolicy, Endpoint, EndpointConfig, EndpointPolicy, completion
 from policy.models import ModelConfig
-from policy.renderer import Renderer, train_tokenizer
+from policy.renderer import CwmRenderer, train_tokenizer
 from policy.scripted import ScriptedPolicy, replies
 from policy.serve import ServeConfig, Server, spans
 from policy.torch_engine import EngineConfig, TorchEngine
@@ -31,7 +31,7 @@ USER = {"role": "user", "content": "list the files"}
 def renderer(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(["list the files", "<tool: bash>\nls\n</tool>"] * 10, 400).save(str(path / "tokenizer.json"))
-    return Renderer(path)
+    return CwmRenderer(path)
 
 
 @pytest.fixture(scope="module")

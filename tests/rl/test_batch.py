@@ -8,6 +8,7 @@ import pytest
 from agents.trajectory import Group, Segment, Trajectory
 from rl.advantages import PRESETS, algorithm
 from rl.batch import Row, is_gibberish, microbatches, rows_of
+from rl.losses import normaliser, policy_loss
 
 CWM = PRESETS["cwm"]
 PLAIN = algorithm("cwm", filter_zero_advantage=False, filter_stale=None, filter_gibberish=False)
@@ -87,6 +88,33 @@ def test_branches_share_the_return_and_count_once() -> None:
     # length of the first: 4 + 6 over both branches, so mu = 10 / 40
     assert [(r.trajectory, r.advantage) for r in rows] == [("g/0", 0.75), ("g/0", 0.75), ("g/1", -0.25)]
     assert (report.rows, report.kept) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        # mean baseline 0.5: advantages 0.5 for A (branches of 1 and 3 action tokens), -0.5 for B (2). On-policy, ratio 1.
+        ({"aggregation": "token"}, -(4 * 0.5 - 2 * 0.5) / 6),
+        ({"aggregation": "sequence"}, -((1 * 0.5 + 3 * 0.5) / 4 - 0.5) / 2),
+        ({"aggregation": "constant"}, -(4 * 0.5 - 2 * 0.5) / (10 * 2)),
+        # weighted by action tokens over all branches, mu = 4 / 6: advantages 1/3 and -2/3
+        ({"aggregation": "sequence", "baseline": "length_weighted"}, -(1 / 3 - 2 / 3) / 2),
+        ({"aggregation": "constant", "baseline": "length_weighted"}, -(4 / 3 - 4 / 3) / (10 * 2)),
+    ],
+)
+def test_a_trajectory_counts_once_whatever_its_branches(overrides: dict[str, str], expected: float) -> None:
+    row = algorithm("dr_grpo", **overrides)
+    rows, report = rows_of([Group("g", "task", [episode(1.0, 1, 3), episode(0.0, 2)])], row, 0)
+    assert report.branches == 1.5
+    divisor = normaliser(row, action_tokens=report.action_tokens, trajectories=report.kept, context=10)
+    for budget in (4, 100):  # branches apart, or all rows together
+        batches = microbatches(rows, budget)
+        assert (len(batches) > 1) == (budget == 4)
+        losses = [
+            policy_loss(b.behaviour, b.behaviour, b.advantages, b.mask, row, divisor, lengths=b.lengths)[0]
+            for b in batches
+        ]
+        assert float(sum(losses)) == pytest.approx(expected, abs=1e-7)
 
 
 def test_filters_name_their_reason_and_keep_the_baseline() -> None:

@@ -22,7 +22,7 @@ from benchmarks.systems.resume import Tally, outcome, real, walk
 from envs.errors import InfraError
 from envs.tiny import repairs
 from policy.decoder import Decoder
-from policy.renderer import Renderer
+from policy.renderer import CwmRenderer
 from policy.scripted import ScriptedPolicy, replies
 from rl import checkpoint, parts, train
 from rl.config import ROOT, load
@@ -161,7 +161,7 @@ class Sleeper(parts.EnginePart):
     def __init__(self, config):
         super().__init__(config)
         self.script = ScriptedPolicy(
-            Renderer(config.model), replies("<tool: bash>\nsleep 1000\n</tool>", "<tool: submit>\n</tool>")
+            CwmRenderer(config.model), replies("<tool: bash>\nsleep 1000\n</tool>", "<tool: submit>\n</tool>")
         )
 
     def generate(self, *args):
@@ -183,7 +183,7 @@ def test_a_hung_tool_ends_at_its_deadline_and_the_episode_goes_on(tmp_path, monk
     config = load(ROOT / "rl/recipes/tiny.toml", [*small, "eval.every=0", f"runs={tmp_path}"])
     assert "episodes lost to infrastructure: 0" in train.train(config)
     (batch,) = trained(config.directory)
-    renderer = Renderer(config.model)
+    renderer = CwmRenderer(config.model)
     for trajectory in batch:
         assert (trajectory.stop, trajectory.outcome, trajectory.reward) == ("submitted", "unresolved", 0.0)
         assert "killed after 0.5 seconds" in renderer.decode(trajectory.segments[0].token_ids)

@@ -51,9 +51,9 @@ class ScriptedEngine(parts.EnginePart):
 
     def __init__(self, config):
         super().__init__(config)
-        from policy.renderer import Renderer
+        from policy.renderer import CwmRenderer
 
-        self.script = ScriptedPolicy(Renderer(config.model), Experts())
+        self.script = ScriptedPolicy(CwmRenderer(config.model), Experts())
 
     def generate(self, *args):
         return self.script.generate(*args)
@@ -186,22 +186,28 @@ def arguments(tmp_path, *more):
         ('env.kwargs.tasks="tiny-repair"', "tiny-repair"),
         ("policy.model={torn}", "torn/model.safetensors can't be read"),
         ("policy.model={other}", "vocab_size=96, its tokenizer.json 629 tokens; give the tokenizer"),
+        ("policy.model={qwen}", "runs models of type cwm and llama, not 'qwen3'; serve it with vllm"),
+        ("policy.model={dumb}", "tokenizer .*dumb/tokenizer.json can't be read"),
+        ("policy.model={mute}", "chat template of .*mute shows no dialogue of user and assistant"),
         ("policy.max_context=1025", "policy.max_context=1025 is more than the 1024 positions"),
         ("learn.max_tokens=700", "max_tokens=700 is less than learner.context=768"),
         ('env.kwargs.tasks="{empty}"', "empty' is empty; add at least one task"),
     ],
 )
 def test_what_can_not_be_run_starts_nothing_and_leaves_nothing(tmp_path, monkeypatch, override, said):
-    for name in ("torn", "other"):
+    for name in ("torn", "other", "qwen", "mute", "dumb"):
         shutil.copytree(ROOT / "policy/cwm_tiny", tmp_path / name)
     torn = tmp_path / "torn/model.safetensors"
     torn.write_bytes(torn.read_bytes()[:-1])
     other = json.loads((tmp_path / "other/config.json").read_text())
     (tmp_path / "other/config.json").write_text(json.dumps(other | {"vocab_size": 96}))
+    (tmp_path / "qwen/config.json").write_text(json.dumps(other | {"model_type": "qwen3"}))
+    (tmp_path / "mute/chat_template.jinja").write_text("hello")
+    (tmp_path / "dumb/tokenizer.json").write_text("{")
     (tmp_path / "empty/blobs").mkdir(parents=True)
     (tmp_path / "empty/tasks.jsonl").touch()
     monkeypatch.setattr("rl.spawn.start", lambda mode: pytest.fail("a part was started"))
-    paths = {name: tmp_path / name for name in ("torn", "other", "empty")}
+    paths = {name: tmp_path / name for name in ("torn", "other", "qwen", "mute", "dumb", "empty")}
     with pytest.raises(ValueError, match=said) as error:
         train.main(arguments(tmp_path, override.format(**paths)))
     assert "\n" not in str(error.value) and not (tmp_path / "tiny").exists()

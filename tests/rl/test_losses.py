@@ -135,12 +135,16 @@ def test_without_old_logprobs_the_weight_bounds_alone(bound: str, level: str) ->
     assert metrics["ratio"] == 1
 
 
-def test_rows_weigh_the_same_by_sequence() -> None:
-    # On-policy ratios 1: row means are 2 (three tokens) and -4 (one); -(2 - 4) / 2 rows
+def test_trajectories_weigh_the_same_by_sequence() -> None:
+    # On-policy ratios 1: means are 2 (three tokens) and -4 (one); -(2 - 4) / 2 trajectories
     row, zero = algorithm("grpo", aggregation="sequence"), rows([0, 0, 0], [0, 0, 0])
     advantages, mask = rows([2, 2, 2], [-4, -4, -4]), rows([1, 1, 1], [0, 1, 0])
-    divisor = normaliser(row, action_tokens=4, rows=2, trajectories=1, context=99)
+    divisor = normaliser(row, action_tokens=4, trajectories=2, context=99)
     assert float(policy_loss(zero, zero, advantages, mask, row, divisor)[0]) == pytest.approx(1.0)
+    # Both rows branches of one trajectory of four action tokens: -(2 + 2 + 2 - 4) / 4
+    one = normaliser(row, action_tokens=4, trajectories=1, context=99)
+    loss = policy_loss(zero, zero, advantages, mask, row, one, lengths=torch.tensor([4.0, 4.0]))[0]
+    assert float(loss) == pytest.approx(-0.5)
 
 
 COMBINATIONS = list(product(["token", "sequence"], ["clip", "clip_weight", "dual"], ["none", "truncate", "mask"]))
@@ -235,18 +239,18 @@ def test_neighbours_do_not_enter(row: object) -> None:
 def test_microbatches_add_up() -> None:
     batch = random_batch(5, b=6)
     for row in PRESETS.values():
-        divisor = normaliser(row, action_tokens=int(batch[3].sum()), rows=6, trajectories=5, context=999)
+        divisor = normaliser(row, action_tokens=int(batch[3].sum()), trajectories=5, context=999)
         whole = policy_loss(*batch, row, divisor)[0]
         parts = [policy_loss(*[x[i : i + 2] for x in batch], row, divisor)[0] for i in (0, 2, 4)]
         assert float(sum(parts)) == pytest.approx(float(whole))
 
 
 def test_normalisers() -> None:
-    update = {"action_tokens": 40, "rows": 5, "trajectories": 3, "context": 512}
+    update = {"action_tokens": 40, "trajectories": 3, "context": 512}
     assert normaliser(GRPO, **update) == 40
     assert normaliser(CWM, **update) == 3 * 512
-    assert normaliser(PRESETS["gspo"], **update) == 5
-    nothing = {"action_tokens": 0, "rows": 0, "trajectories": 0, "context": 512}
+    assert normaliser(PRESETS["gspo"], **update) == 3
+    nothing = {"action_tokens": 0, "trajectories": 0, "context": 512}
     assert [normaliser(row, **nothing) for row in (GRPO, CWM, PRESETS["gspo"])] == [1, 512, 1]
 
 

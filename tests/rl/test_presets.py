@@ -81,7 +81,7 @@ def test_golden(name: str) -> None:
     rows, report = rows_of([group()], row, 0)
     (batch,) = microbatches(rows, 100)
     assert (report.kept, batch.mask.tolist()) == (4, [[1, 0], [1, 0], [1, 0], [1, 1]])
-    divisor = normaliser(row, action_tokens=5, rows=4, trajectories=4, context=CONTEXT)
+    divisor = normaliser(row, action_tokens=5, trajectories=4, context=CONTEXT)
     loss, _ = policy_loss(padded(LOGPROBS), batch.behaviour, batch.advantages, batch.mask, row, divisor)
     assert float(loss) == pytest.approx(GOLDEN[name], rel=1e-5)
 
@@ -95,7 +95,7 @@ def test_golden_ppo() -> None:
     rows, report = rows_of([group()], row, 0)
     values = [[0, 0.5, 0.8] if r.advantage else [0, 0.2] for r in rows]
     (batch,) = microbatches(valued(rows, values, row), 100)
-    divisor = normaliser(row, action_tokens=5, rows=4, trajectories=4, context=CONTEXT)
+    divisor = normaliser(row, action_tokens=5, trajectories=4, context=CONTEXT)
     loss, _ = policy_loss(padded(LOGPROBS), batch.behaviour, batch.advantages, batch.mask, row, divisor)
     assert float(loss) == pytest.approx(0.92 / 0.2857571 / 5, rel=1e-5) and report.kept == 4
 
@@ -154,7 +154,7 @@ def random_batch(seed: int = 6, b: int = 4, t: int = 7) -> tuple[Tensor, Tensor,
 def agree(row: Algorithm, theirs: Tensor, x: Tensor, batch: tuple[Tensor, ...], old: Tensor | None = None) -> None:
     """Loss and gradient of both, to 1e-12."""
     _, behaviour, advantages, mask = batch
-    divisor = normaliser(row, action_tokens=int(mask.sum()), rows=4, trajectories=4, context=CONTEXT)
+    divisor = normaliser(row, action_tokens=int(mask.sum()), trajectories=4, context=CONTEXT)
     ours, _ = policy_loss(x, behaviour, advantages, mask, row, divisor, old=old)
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-12)
     (mine,), (other,) = torch.autograd.grad(ours, x), torch.autograd.grad(theirs, x)

@@ -15,7 +15,7 @@ from envs.tiny.drills import comeback, drill, inspection
 from envs.tiny.experts import SUBMIT, Noise
 from policy import models
 from policy.models import ModelConfig
-from policy.renderer import Renderer
+from policy.renderer import CwmRenderer
 from rl.config import ROOT
 from rl.sft import Muon, WarmStart, _orthogonal, collect, imitate, inspected, render, warm_start
 
@@ -32,7 +32,7 @@ def made(tmp_path_factory):
 
 def test_a_warm_start_is_a_model_a_tokenizer_and_its_facts(made):
     root, facts = made
-    model, renderer = models.load(root / "out"), Renderer(root / "out")
+    model, renderer = models.load(root / "out"), CwmRenderer(root / "out")
     assert model.config.vocab_size == renderer.vocab_size
     assert facts["config"]["noise"]["right"] == 0.5 and 0 <= facts["expert_solve_rate"] <= 1
     assert json.loads((root / "out" / "warm_start.json").read_text()) == json.loads(json.dumps(facts))
@@ -85,12 +85,12 @@ def test_a_drill_is_what_happens_in_the_sandbox_and_repairs_the_bug(made):
     task = repairs.task("train", 9)
     messages = drill(task)
     assert [r for r, _ in messages] == ["user", "assistant", "tool: bash", "assistant"]
-    assert said(Renderer(made[0] / "out"), messages) == messages[1][1] + messages[3][1]
+    assert said(CwmRenderer(made[0] / "out"), messages) == messages[1][1] + messages[3][1]
     assert play(task, messages) == 1.0
 
 
 def test_a_comeback_repairs_its_own_mistakes_which_are_not_taught(made):
-    renderer, undone, wrong, stated = Renderer(made[0] / "out"), 0, set(), set()
+    renderer, undone, wrong, stated = CwmRenderer(made[0] / "out"), 0, set(), set()
     for index in range(20):
         task = repairs.task("train", index)
         messages = comeback(task, 0)
@@ -108,7 +108,7 @@ def test_a_comeback_repairs_its_own_mistakes_which_are_not_taught(made):
 
 
 def test_the_probe_is_told_which_tokens_are_wrong(made):
-    renderer, several = Renderer(made[0] / "out"), 0
+    renderer, several = CwmRenderer(made[0] / "out"), 0
     for index in range(40):
         task = repairs.task("train", index)
         row = inspected(renderer, drill(task), task)
@@ -123,7 +123,7 @@ def test_the_probe_is_told_which_tokens_are_wrong(made):
 
 def test_imitation_uses_resolved_trajectories_only(made, tmp_path):
     root, _ = made
-    ids, mask = render(Renderer(root / "out"), drill(repairs.task("train", 9)))
+    ids, mask = render(CwmRenderer(root / "out"), drill(repairs.task("train", 9)))
     segment = Segment(ids, mask, [-1.0 * m for m in mask], [m - 1 for m in mask])
     (tmp_path / "trajectories").mkdir()
     lines = [
