@@ -15,7 +15,7 @@ from typing import Any, Literal
 import gymnasium
 
 from agents.episode import _kept, _truncate
-from agents.prompts import STYLES, TOOL_HELP
+from agents.prompts import STYLES, TOOL_HELP, spoken
 from agents.trajectory import Trajectory
 from envs.env import finite
 from envs.errors import InfraError
@@ -106,7 +106,7 @@ def _play(
         for name in usage:
             usage[name] += getattr(reply.usage, name)
         used = reply.usage.prompt + reply.usage.completion or length(messages)
-        text, reward, terminated, truncated, info = env.step(reply.text)
+        text, reward, terminated, truncated, info = env.step(spoken(reply.text))
         total += finite(reward)
         if terminated or truncated:
             trajectory.reward = total

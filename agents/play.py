@@ -18,7 +18,7 @@ from agents.prompts import STYLES
 from agents.trajectory import Trajectory
 from envs.errors import nearest
 from envs.registration import make
-from policy import renderer as renderers
+from policy import renderer as rendering
 from policy.completion import Sampling
 from policy.endpoint import ChatPolicy, Endpoint, EndpointPolicy
 
@@ -78,7 +78,7 @@ Play = Callable[[int, int, int], Trajectory]
 def player(plan: Plan, endpoint: Endpoint) -> Play:
     """Who plays a plan's episodes. Asks the server which model and context it has; errors as `Endpoint.model`."""
     make(plan.env, **plan.kwargs).close()  # a bad id or argument fails here
-    renderer = renderers.load(plan.tokenizer) if plan.tokenizer else None
+    renderer = rendering.load(plan.tokenizer) if plan.tokenizer else None
     tokens, chat = EndpointPolicy(endpoint), ChatPolicy(endpoint)
     bounds = [n for n in (plan.max_context, endpoint.model()[1]) if n]
 

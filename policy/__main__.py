@@ -97,13 +97,13 @@ def random(args: argparse.Namespace) -> int:
 
 def serve(args: argparse.Namespace, until: threading.Event) -> int:
     """Serve until `until` is set; status 1 where the engine failed."""
-    from policy.renderer import CwmRenderer
+    from policy import renderer as rendering
     from policy.serve import ServeConfig, Server
 
     key = os.environ.get(args.key_env, "") if args.key_env else ""
     if args.key_env and not key:
         raise ValueError(f"environment variable {args.key_env} holds no key; set it, or leave out --key-env")
-    renderer = CwmRenderer(args.model)
+    renderer = rendering.load(args.model)
     engine, context = torch_engine(args)
     with engine:
         config = ServeConfig(

@@ -57,16 +57,23 @@ def to_json(action: str, arguments: Mapping[str, str]) -> tuple[str, list[dict[s
 
     arguments: `arguments_of` the tools.
     """
+    thought, action = _thought(action)
     call = parse(action, list(arguments), bodiless=[name for name, argument in arguments.items() if not argument])
-    if isinstance(call, FormatError):
-        return action, []
-    argument = arguments[call.name]
+    argument = "" if isinstance(call, FormatError) else arguments[call.name]
+    if isinstance(call, FormatError) or (argument == OBJECT and not isinstance(_loads(call.body), dict)):
+        return thought + action, []
     given = call.body if argument == OBJECT else json.dumps({argument: call.body} if argument else {})
-    if argument == OBJECT and not isinstance(_loads(given), dict):
-        return action, []
     around = action[: action.index("<tool: ")] + action[action.index("</tool>") + len("</tool>") :]
     function = {"name": call.name, "arguments": given}
-    return around.strip(), [{"id": f"call_{uuid4().hex[:16]}", "type": "function", "function": function}]
+    return (thought + around).strip(), [{"id": f"call_{uuid4().hex[:16]}", "type": "function", "function": function}]
+
+
+def _thought(message: str) -> tuple[str, str]:
+    """What a message thinks first, whose calls don't count, and what it says."""
+    if not message.lstrip().startswith("<think>"):
+        return "", message
+    thought, end, said = message.partition("</think>")
+    return thought + end, said
 
 
 def to_text(message: Json, arguments: Mapping[str, str]) -> str:

@@ -14,11 +14,11 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from policy.calls import Json, about, arguments_of, content_of, to_text
-from policy.renderer import CwmRenderer
+from policy.renderer import Dialogue, Renderer
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MOST_TOKENS = 16_000_000
@@ -31,7 +31,8 @@ class Asked:
 
     key: str
     """Names its messages; the answer is remembered under it."""
-    token_ids: list[int] = field(default_factory=list)
+    dialogue: Dialogue
+    token_ids: list[int]
     episode: str = ""
     """Whose KV holds most of the tokens; "" where that isn't known."""
 
@@ -39,7 +40,7 @@ class Asked:
 class Conversations:
     """Remembers answers. Thread-safe."""
 
-    def __init__(self, renderer: CwmRenderer, most_tokens: int = MOST_TOKENS) -> None:
+    def __init__(self, renderer: Renderer, most_tokens: int = MOST_TOKENS) -> None:
         self._renderer, self._most = renderer, most_tokens
         self._held: OrderedDict[str, tuple[array[int], str]] = OrderedDict()
         self._tokens = 0
@@ -57,10 +58,8 @@ class Conversations:
         system = [content_of(m) for m in messages[:at] if m["role"] in ROLES[:2]]
         question = [content_of(m) for m in messages[:at] if m["role"] not in ROLES[:2]]
         start = json.dumps([session, tools], sort_keys=True, default=str)
-        asked = Asked(_hash(start, messages[:at]))
-        asked.token_ids = self._renderer.start(
-            "\n\n".join(question), "\n\n".join(filter(None, [*system, about(tools)]))
-        )
+        opened = self._renderer.open("\n\n".join(question), "\n\n".join(filter(None, [*system, about(tools)])))
+        asked = Asked(_hash(start, messages[:at]), opened, opened.prompt().token_ids)
         while at < len(messages):
             answer, after = messages[at], at + 1
             while after < len(messages) and messages[after]["role"] != "assistant":
@@ -69,8 +68,10 @@ class Conversations:
             sampled = sampled or [*self._renderer.encode(to_text(answer, arguments)), self._renderer.end_id]
             heard = messages[at + 1 : after]
             tool = names.get(str(heard[0].get("tool_call_id")), str(heard[0].get("name") or "bash"))
-            content = "\n\n".join(map(content_of, heard))
-            asked.token_ids += [*sampled, *self._renderer.extend(sampled[-1], f"tool: {tool}", content)]
+            opened.say(sampled)
+            opened.hear(tool, "\n\n".join(map(content_of, heard)))
+            prompt = opened.prompt()
+            asked.token_ids = prompt.token_ids if prompt.branch else [*asked.token_ids, *sampled, *prompt.token_ids]
             asked.key, asked.episode = _hash(asked.key, messages[at:after]), episode or asked.episode
             at = after
         return asked

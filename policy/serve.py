@@ -27,7 +27,7 @@ from policy.calls import arguments_of, to_json
 from policy.completion import Completion, Policy, Sampling
 from policy.conversation import Conversations
 from policy.listener import Listener, Refusal, Request
-from policy.renderer import CwmRenderer
+from policy.renderer import Renderer
 
 Json = Mapping[str, Any]
 WATCH = 0.5
@@ -81,12 +81,12 @@ class Server:
 
     Example::
 
-        with Server(engine, CwmRenderer(directory), ServeConfig(model="cwm", max_context=1024, port=0)) as server:
+        with Server(engine, renderer.load(directory), ServeConfig(model="cwm", max_context=1024, port=0)) as server:
             EndpointPolicy(Endpoint(EndpointConfig(url=server.url)))
     """
 
     def __init__(
-        self, policy: Policy, renderer: CwmRenderer, config: ServeConfig, check: Callable[[], object] = lambda: None
+        self, policy: Policy, renderer: Renderer, config: ServeConfig, check: Callable[[], object] = lambda: None
     ) -> None:
         """check: raises `InfraError` where the policy can't answer any more (`/health`)."""
         self.policy, self.renderer, self.config, self.check = policy, renderer, config, check
@@ -153,7 +153,7 @@ class Server:
             sampling = self._sampling(body, self.config.max_context)
         with self._episode(body, request, prompt.episode) as episode:
             done = self._generate(prompt.token_ids, sampling, episode, request.gone)
-        content, calls = to_json(self.renderer.decode(done.token_ids), arguments)
+        content, calls = to_json(prompt.dialogue.say(done.token_ids), arguments)
         message: dict[str, Any] = {"role": "assistant", "content": content} | ({"tool_calls": calls} if calls else {})
         self._conversations.remember(prompt, message, done.token_ids, episode)
         choice: dict[str, Any] = {
@@ -214,7 +214,7 @@ class Server:
         stop = [int(i) for i in body.get("stop_token_ids") or []]
         given = {name: float(body[name]) for name in ("temperature", "top_p") if body.get(name) is not None}
         seed = None if body.get("seed") is None else int(body["seed"])
-        stop_ids = tuple(stop if body.get("ignore_eos") else [*stop, self.renderer.end_id])
+        stop_ids = tuple(stop if body.get("ignore_eos") else [*stop, *self.renderer.stop_ids])
         return Sampling(max_tokens=int(asked), stop_ids=stop_ids, seed=seed, **given)
 
     @contextlib.contextmanager

@@ -61,6 +61,14 @@ def test_what_is_no_single_call_stays_text(action):
     assert to_json(action, arguments_of(TOOLS)) == (action, [])
 
 
+def test_thoughts_are_no_calls():
+    thought = "<think>\n<tool: bash>\nrm\n</tool>?</think>"
+    content, (call,) = to_json(f"{thought}\n<tool: bash>\nls\n</tool>", arguments_of(TOOLS))
+    assert content == thought and json.loads(call["function"]["arguments"]) == {"command": "ls"}
+    assert to_json(thought, arguments_of(TOOLS)) == (thought, [])
+    assert to_json("<think>\n<tool: bash>\nls\n</tool>", arguments_of(TOOLS))[1] == []
+
+
 def test_a_model_may_call_wrongly():
     known = arguments_of(TOOLS)
     wrong = [
