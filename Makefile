@@ -21,10 +21,10 @@ train: $(VENV)/installed  ## train the tiny policy (RECIPE=..., ARGS="--steps=2 
 	$(PY) rl/train.py $(RECIPE) $(ARGS)
 
 test: $(VENV)/installed lint  ## lint, types, layers, all tests but the slow ones
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -m "not slow" --durations 25 $(ARGS)
 
 slow: $(VENV)/installed  ## the slow tests: killed and resumed runs, measurements
-	$(PY) -m pytest -m slow $(ARGS)
+	$(PY) -m pytest -m slow --durations 25 $(ARGS)
 
 lint: $(VENV)/installed  ## ruff, mypy, import-linter
 	$(VENV)/bin/ruff check .

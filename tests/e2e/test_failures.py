@@ -118,8 +118,6 @@ def test_one_of_two_engines_dies_and_the_run_goes_on_with_the_other(tmp_path):
     ("part", "settings"),
     [
         ("engine", []),
-        ("learner", []),
-        ("learner", ["--learn.ranks=2"]),
         ("learner", ["--learn.ranks=2", "--learn.algorithm=ppo", "--learn.lora_rank=4"]),
     ],
 )
