@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 RECIPE ?= rl/recipes/tiny.toml
 ARGS ?=
 
-.PHONY: help train test slow lint vllm-cpu clean
+.PHONY: help train test slow proofs lint vllm-cpu clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,8 +23,11 @@ train: $(VENV)/installed  ## train the tiny policy (RECIPE=..., ARGS="--steps=2 
 test: $(VENV)/installed lint  ## lint, types, layers, all tests but the slow ones
 	$(PY) -m pytest -m "not slow" --durations 25 $(ARGS)
 
-slow: $(VENV)/installed  ## the slow tests: killed and resumed runs, measurements
-	$(PY) -m pytest -m slow --durations 25 $(ARGS)
+slow: $(VENV)/installed  ## the slow tests: killed and resumed runs
+	$(PY) -m pytest -m "slow and not proof" --durations 25 $(ARGS)
+
+proofs: $(VENV)/installed  ## the slowest tests: measurements in small
+	$(PY) -m pytest -m proof --durations 25 $(ARGS)
 
 lint: $(VENV)/installed  ## ruff, mypy, import-linter
 	$(VENV)/bin/ruff check .

@@ -135,6 +135,7 @@ def test_rates(n):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_build_takes_the_agents_images(setting, pytestconfig, tmp_path, monkeypatch, capsys):
     commit(tmp_path / "ledger", {path: text.encode() for path, text in {**FILES, "tests/test_rates.py": WIDE}.items()})
     model, actions = str(pytestconfig.rootpath / "policy" / "cwm_tiny"), (INK, RATES, HOME, SUBMIT)

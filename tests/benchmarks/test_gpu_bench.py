@@ -12,6 +12,7 @@ SMALL = [
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(900)
 def test_every_part_runs():
     args = parser().parse_args(["systems", "gpu", *SMALL, "--contexts", "4096"])

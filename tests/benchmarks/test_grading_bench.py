@@ -10,6 +10,7 @@ from benchmarks.systems import grading
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.docker
 @pytest.mark.native
 def test_it_measures_a_toy_instance_that_is_resolved() -> None:

@@ -39,6 +39,7 @@ def test_every_group_is_trained_once_or_dropped_whenever_runs_are_killed(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(3600)
 def test_lengths_are_those_that_were_issued(tmp_path):
     """And what leaving interrupted groups out would do is seen by the same statistic: the kills hit long episodes."""
@@ -51,6 +52,7 @@ def test_lengths_are_those_that_were_issued(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(3600)
 def test_deterministic_runs_end_with_the_same_weights(tmp_path):
     rows = measured(tmp_path / "rows.json", "--kills", "0", "--real-kills", "4")

@@ -118,7 +118,11 @@ def test_one_of_two_engines_dies_and_the_run_goes_on_with_the_other(tmp_path):
     ("part", "settings"),
     [
         ("engine", []),
-        ("learner", ["--learn.ranks=2", "--learn.algorithm=ppo", "--learn.lora_rank=4"]),
+        pytest.param(
+            "learner",
+            ["--learn.ranks=2", "--learn.algorithm=ppo", "--learn.lora_rank=4"],
+            marks=pytest.mark.proof,
+        ),
     ],
 )
 def test_without_restarts_it_stops_in_one_line_and_is_resumed(tmp_path, part, settings):
