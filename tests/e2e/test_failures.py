@@ -68,16 +68,16 @@ def wait_for(log, text, process, seconds=600):
     raise AssertionError(f"{text!r} did not appear: {log.read_text()[-3000:]}")
 
 
-def whole(directory):
-    """Ten steps of three whole groups, each trained once; no reward for what was lost."""
+def whole(directory, steps=10):
+    """Steps of three whole groups, each trained once; no reward for what was lost."""
     journal = Journal(directory / "journal.sqlite")
     entries = journal.entries()
     journal.close()
-    assert sorted(e.trained_step for e in entries if e.state == "trained") == sorted([*range(1, 11)] * 3)
+    assert sorted(e.trained_step for e in entries if e.state == "trained") == sorted([*range(1, steps + 1)] * 3)
     assert all(e.reason for e in entries if e.state == "dropped")
     assert {e.state for e in entries} <= {"trained", "dropped"}
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows if r["kind"] == "step"] == list(range(1, 11))
+    assert [r["step"] for r in rows if r["kind"] == "step"] == list(range(1, steps + 1))
     for path in (directory / "trajectories").iterdir():
         played = [Trajectory.from_json(line) for line in path.read_text().splitlines()]
         assert len(played) == 12 and all((t.reward is None) == (t.outcome == "infra") for t in played)
@@ -103,13 +103,13 @@ def test_a_run_goes_on_by_itself_when_engine_and_learner_die(tmp_path):
 @pytest.mark.timeout(2400)
 def test_one_of_two_engines_dies_and_the_run_goes_on_with_the_other(tmp_path):
     log = tmp_path / "log"
-    with begun(log, tmp_path, "--policy.replicas=2", "--restarts=0", "--steps=10") as process:
-        wait_for(log, "step 3/10", process)
+    with begun(log, tmp_path, "--policy.replicas=2", "--restarts=0", "--steps=24") as process:
+        wait_for(log, "step 2/24", process)
         kill(process, "ray::EnginePart")
         wait_for(log, "is gone, with its episodes; another is started", process)
         assert process.wait(900) == 0, log.read_text()[-3000:]
     assert "is back" in log.read_text() and "on from the last checkpoint" not in log.read_text()
-    whole(tmp_path / "tiny")
+    whole(tmp_path / "tiny", steps=24)
 
 
 @pytest.mark.slow
