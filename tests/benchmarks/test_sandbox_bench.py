@@ -152,6 +152,7 @@ def test_images_that_can_not_be_made_say_why(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.native
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="the floor needs a C compiler")
 def test_native_alone_gives_every_row_and_leaves_nothing(tmp_path, capsys):

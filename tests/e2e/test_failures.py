@@ -117,7 +117,7 @@ def test_one_of_two_engines_dies_and_the_run_goes_on_with_the_other(tmp_path):
 @pytest.mark.parametrize(
     ("part", "settings"),
     [
-        ("engine", []),
+        pytest.param("engine", [], marks=pytest.mark.proof),
         pytest.param(
             "learner",
             ["--learn.ranks=2", "--learn.algorithm=ppo", "--learn.lora_rank=4"],

@@ -132,7 +132,7 @@ def wait_for(path, text, process, seconds=200):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.proof), signal.SIGKILL])
 def test_resume_after(how, tmp_path):
     log = tmp_path / "log"
     with log.open("w") as handle:

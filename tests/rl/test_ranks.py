@@ -102,7 +102,7 @@ def gradients(place: Place, settings: dict[str, Any]) -> tuple[float, dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("algorithm", ["cwm", "gspo"])
+@pytest.mark.parametrize("algorithm", ["cwm", pytest.param("gspo", marks=pytest.mark.proof)])
 def test_split_packs_have_the_gradient_of_whole_ones(algorithm: str, tmp_path: Path) -> None:
     """Layers with and without a window; packs of lengths that two and four do not divide."""
     settings = {"packing": "packed", "algorithm": algorithm, "checkpoint_activations": True}
@@ -124,7 +124,7 @@ def test_split_packs_have_the_gradient_of_whole_ones(algorithm: str, tmp_path: P
         ({"algorithm": "cwm", "packing": "auto", "weight_decay": 0.1}, torch.float64),
         ({"algorithm": "grpo", "packing": "packed"}, torch.float32),
         pytest.param({**BOTH, "packing": "packed", "checkpoint_activations": True}, torch.float64, marks=needs_peft),
-        pytest.param(BOTH, torch.float32, marks=needs_peft),
+        pytest.param(BOTH, torch.float32, marks=[needs_peft, pytest.mark.proof]),
     ],
     ids=["auto", "fp32", "both", "both-fp32"],
 )
