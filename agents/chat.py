@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import gymnasium
 
-from agents.episode import _kept, _truncate
+from agents.episode import end, truncate
 from agents.prompts import STYLES, TOOL_HELP, spoken
 from agents.trajectory import Trajectory
 from envs.env import finite
@@ -92,7 +92,7 @@ def _play(
     while True:
         room = context - used
         if room < 2:
-            return _truncate(env, trajectory, total, "context_limit")
+            return truncate(env, trajectory, total, "context_limit")
         seeded = None if sampling.seed is None else (sampling.seed * 1_000_003 + trajectory.turns) & 0x7FFFFFFF
         asked = replace(sampling, max_tokens=min(turn_tokens, room), seed=seeded)
         try:
@@ -100,7 +100,7 @@ def _play(
         except ContextLimit:
             if not trajectory.turns:
                 raise
-            return _truncate(env, trajectory, total, "context_limit")
+            return truncate(env, trajectory, total, "context_limit")
         messages.append(reply.message)
         trajectory.turns += 1
         for name in usage:
@@ -109,13 +109,9 @@ def _play(
         text, reward, terminated, truncated, info = env.step(spoken(reply.text))
         total += finite(reward)
         if terminated or truncated:
-            trajectory.reward = total
-            trajectory.stop = str(info.get("stop", "submitted" if terminated else "turn_limit"))
-            trajectory.outcome = str(info.get("outcome", "resolved" if total > 0 else "unresolved"))
-            trajectory.info |= _kept(info)
-            return None
+            return end(trajectory, total, terminated, info)
         if trajectory.turns >= most[1]:
-            return _truncate(env, trajectory, total, "turn_limit")
+            return truncate(env, trajectory, total, "turn_limit")
         heard = _heard(reply.message, words.observation(text, turns - trajectory.turns, context - used))
         messages += heard
         used += length(heard)

@@ -105,7 +105,7 @@ def _play(
         segment.observe(prompt.token_ids)
         room = context - len(segment)
         if room < 2:
-            return _truncate(env, trajectory, total, "context_limit")
+            return truncate(env, trajectory, total, "context_limit")
         asked = replace(
             sampling,
             max_tokens=min(turn_tokens, room),
@@ -123,18 +123,22 @@ def _play(
         text, reward, terminated, truncated, info = env.step(action)
         total += finite(reward)
         if terminated or truncated:
-            trajectory.reward = total
-            trajectory.stop = str(info.get("stop", "submitted" if terminated else "turn_limit"))
-            trajectory.outcome = str(info.get("outcome", "resolved" if total > 0 else "unresolved"))
-            trajectory.info |= _kept(info)
-            return None
+            return end(trajectory, total, terminated, info)
         if trajectory.turns >= most[1]:
-            return _truncate(env, trajectory, total, "turn_limit")
+            return truncate(env, trajectory, total, "turn_limit")
         shown = words.observation(text, turns - trajectory.turns, context - len(segment))
         dialogue.hear(str(info.get("tool", "bash")), shown)
 
 
-def _truncate(env: gymnasium.Env[str, str], trajectory: Trajectory, total: float, stop: str) -> None:
+def end(trajectory: Trajectory, total: float, terminated: bool, info: dict[str, Any]) -> None:
+    """The environment ended the episode, with its last word `info`; `total` is the sum of its rewards."""
+    trajectory.reward = total
+    trajectory.stop = str(info.get("stop", "submitted" if terminated else "turn_limit"))
+    trajectory.outcome = str(info.get("outcome", "resolved" if total > 0 else "unresolved"))
+    trajectory.info |= _kept(info)
+
+
+def truncate(env: gymnasium.Env[str, str], trajectory: Trajectory, total: float, stop: str) -> None:
     """The agent's own limit ended the episode: graded as it stands where the environment can (`truncate`), else failed."""
     finish: Callable[[str], tuple[float, dict[str, Any]]] | None = getattr(env, "truncate", None)
     reward, info = finish(stop) if finish else (0.0, {})

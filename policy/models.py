@@ -170,7 +170,10 @@ def build(
 
     Raises `ValueError` where the memory that is free does not hold it.
     """
-    hf, place = describe(config), torch.device(device)
+    hf, kind = describe(config), device.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device={device!r} is none that torch has here; give cpu, or cuda on a host with a GPU")
+    place = torch.device(device)
     needed, free = parameters(config) * dtype.itemsize, _free(place)
     if needed > free:
         raise ValueError(

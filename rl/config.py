@@ -89,6 +89,10 @@ class PolicyConfig:
     """Recompute the KV of running episodes at a publish instead of keeping it."""
     threads: int = 1
     """Torch threads of the engine."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the engines compute; on GPUs each takes one, or `policy.vllm.tensor_parallel` of them."""
+    share_gpu: bool = False
+    """The engine is on the learner's card: one of each. Their memory is divided by `policy.vllm.gpu_memory_utilization`."""
     parity: float = 1e-4
     """Largest difference of engine's and learner's log-probs after a publish, nats; above it the run stops. For fp32; where one
     of them computes in bf16 it has to be larger."""
@@ -105,6 +109,13 @@ class PolicyConfig:
             raise ValueError(
                 f"policy.vllm.{next(iter(self.vllm))} is for another engine than policy.engine={self.engine!r}; leave it out, or "
                 "take 'vllm'"
+            )
+        if not self.parity > 0:
+            raise ValueError(f"policy.parity={self.parity} is no difference of log-probs; give nats above 0")
+        if self.share_gpu and (self.replicas > 1 or self.vllm.get("tensor_parallel", 1) > 1 or self.device != "cuda"):
+            raise ValueError(
+                "policy.share_gpu=true is for one engine on one card; take policy.replicas=1, policy.vllm.tensor_parallel=1 and "
+                "policy.device='cuda', or leave it out"
             )
 
 
@@ -219,6 +230,11 @@ class Config:
             raise ValueError(
                 f"learn.ranks={self.learn.ranks} are processes, and rollout.spawn='threads' has none; take ray, or one rank"
             )
+        if self.policy.share_gpu and (self.learn.device != "cuda" or self.learn.ranks > 1):
+            raise ValueError(
+                f"policy.share_gpu=true, but learn.device={self.learn.device!r} with learn.ranks={self.learn.ranks}: there is no one "
+                "card to share; give learn.device='cuda' and one rank, or leave it out"
+            )
         if self.rollout.address and self.rollout.spawn == "threads":
             raise ValueError(
                 f"rollout.address={self.rollout.address!r} is a Ray cluster, and rollout.spawn='threads' uses none; leave one out"
@@ -290,6 +306,14 @@ class Config:
             raise ValueError(
                 f"deterministic=true, but with {', '.join(names)} weights depend on time; give {' '.join(remedies)}"
             )
+
+    @property
+    def gpus(self) -> dict[str, float]:
+        """GPUs of an engine and of a learner rank; 0 on CPUs, a half each of a card that they share."""
+        if self.policy.share_gpu:
+            return {"engine": 0.5, "learner": 0.5}
+        engine = int(self.policy.vllm.get("tensor_parallel", 1)) if self.policy.device == "cuda" else 0
+        return {"engine": engine, "learner": int(self.learn.device == "cuda")}
 
     @property
     def directory(self) -> Path:

@@ -225,11 +225,13 @@ class EngineMemory:
     """KV budget in tokens, at the bytes per token of such an episode."""
 
 
-def engine(shape: Shape, *, tensor_parallel: int, memory: float, context: int, number: int = 2) -> EngineMemory:
-    """A replica on `tensor_parallel` GPUs of `memory` bytes: KV gets what weights leave. With more GPUs than key heads those
+def engine(
+    shape: Shape, *, tensor_parallel: int, memory: float, context: int, number: int = 2, used: float = USED
+) -> EngineMemory:
+    """A replica on `tensor_parallel` GPUs of `memory` bytes, of which it uses a share: KV gets what weights leave. With more GPUs than key heads those
     are held several times, which a K that divides evenly avoids."""
     copies = max(1, tensor_parallel // shape.kv_heads)
-    kv = max(0, int(tensor_parallel * (USED * memory - RESERVED)) - shape.parameters * number)
+    kv = max(0, int(tensor_parallel * (used * memory - RESERVED)) - shape.parameters * number)
     one = shape.kv_bytes(context, number) * copies
     return EngineMemory(weights=shape.parameters * number, kv=kv, episodes=kv // one, tokens=kv * context // one)
 

@@ -75,7 +75,7 @@ def engine_settings(config: Config) -> EngineConfig | VllmConfig:
     if config.policy.engine == "torch":
         from policy.torch_engine import EngineConfig
 
-        return EngineConfig(**derived)
+        return EngineConfig(**derived, device=config.policy.device)
     from policy.vllm_engine import VllmConfig
 
     if twice := derived.keys() & config.policy.vllm.keys():
@@ -89,6 +89,10 @@ def check_engine(config: Config) -> None:
     if config.policy.engine == "vllm":
         from policy import vllm_engine
 
+        if vllm_engine.installed()[1] != (config.policy.device == "cpu"):
+            raise ValueError(
+                f"policy.device={config.policy.device!r}, and the vLLM that is installed is built for the other; change one of them"
+            )
         vllm_engine.check(config.model, cast("VllmConfig", settings))
 
 
@@ -218,12 +222,11 @@ class LearnerPart:
 
 
 def place_of(config: Config, part: Literal["engine", "learner", "sandbox"]) -> Place:
-    """Where a part may run. On a cluster, rollout workers take one `sandbox` of a node, so that GPU nodes need neither Docker nor
-    privileges; engine and learner take GPUs where they compute on them, else one `engine` or `learner`."""
-    gpus = part == "learner" and config.learn.device == "cuda"
-    if not config.rollout.address or config.rollout.spawn == "threads":
-        return Place()
-    return Place(gpus=1) if gpus else Place(resource=part)
+    """Where a part may run: engines and learner ranks on GPUs of their own, where they compute on them. On a cluster rollout
+    workers take one `sandbox` of a node, so that GPU nodes need neither Docker nor privileges, and what computes on a CPU takes
+    one `engine` or `learner`."""
+    gpus = config.gpus.get(part, 0)
+    return Place(gpus=gpus, resource="" if gpus or not config.rollout.address else part)
 
 
 def start_learner(config: Config) -> Handle:

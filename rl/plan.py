@@ -20,7 +20,7 @@ from rl.config import Config
 from rl.latencies import DEVICES, Book, Hardware, Latencies, Workload, assumed, facts, from_run, longest, mean_context
 from rl.ledger import bottleneck, busy_share
 from rl.loop import Loop
-from rl.memory import HEAP, LIBRARIES, EngineMemory, Layout, LearnerMemory, Shape, engine, fit, gb
+from rl.memory import HEAP, LIBRARIES, USED, EngineMemory, Layout, LearnerMemory, Shape, engine, fit, gb
 from rl.published import LARGE, PUBLISHED
 from rl.spawn import PartGone
 from rl.virtual import Parts, Tally
@@ -98,10 +98,14 @@ class Placement:
     layout: Layout
     learner: LearnerMemory
     engine: EngineMemory
+    shared: bool = False
+    """Engine and learner are on one card."""
 
     @property
     def gpus(self) -> int:
         """GPUs that are used."""
+        if self.shared:
+            return 1
         return self.replicas * self.tensor_parallel + (self.layout.ranks if self.tensor_parallel else 0)
 
 
@@ -154,15 +158,23 @@ def on_gpus(
 def as_written(config: Config, shape: Shape, layout: Layout, device: Hardware) -> Placement:
     """The placement that the recipe itself names. `ValueError` where something doesn't fit."""
     size, context = int(config.policy.vllm.get("tensor_parallel", 1)), config.policy.max_context
-    held = engine(shape, tensor_parallel=size, memory=device.memory, context=context)
+    used = float(config.policy.vllm.get("gpu_memory_utilization", USED))
+    held = engine(shape, tensor_parallel=size, memory=device.memory, context=context, used=used)
     if not held.episodes:
         raise ValueError(
             f"policy.max_context={context}: an engine on policy.vllm.tensor_parallel={size} GPUs has {gb(held.kv)} for KV and an "
             f"episode takes {gb(shape.kv_bytes(context))}; lower the first or raise the second"
         )
-    learner = fit(shape, layout, device.memory * 0.95)
-    replicas = config.policy.replicas
-    return Placement(replicas=replicas, tensor_parallel=size, layout=layout, learner=learner, engine=held)
+    shared = config.policy.share_gpu
+    learner = fit(shape, layout, device.memory * (0.95 - used * shared))
+    return Placement(
+        replicas=config.policy.replicas,
+        tensor_parallel=size,
+        layout=layout,
+        learner=learner,
+        engine=held,
+        shared=shared,
+    )
 
 
 # ---------------------------------------------------------------------- the command

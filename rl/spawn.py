@@ -30,7 +30,8 @@ Mode = Literal["ray", "threads"]
 class Place:
     """What a part needs of its node. Matters on a cluster; a Ray of its own has one node."""
 
-    gpus: int = 0
+    gpus: float = 0
+    """Ray shows the part these cards alone; parts with a share of a card share it."""
     resource: str = ""
     """A custom resource of Ray, of which the part takes one; "": any node will do."""
 
@@ -233,7 +234,7 @@ def start(mode: Mode, address: str = "") -> None:
             runtime_env={"env_vars": environment},
             **own,
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         if not address:
             raise
         raise InfraError(

@@ -100,6 +100,7 @@ def check(config: Config) -> None:
     check_model(config)
     check_engine(config)
     _check_learner(config)
+    _check_gpus(config)
     metrics.check(config.track)
     curriculum(config)
     backends: set[str] = set()
@@ -128,6 +129,20 @@ def _check_learner(config: Config) -> None:
 
         if not torch.cuda.is_available():
             raise ValueError("learn.device='cuda', and torch sees no GPU here; take cpu, or a host that has one")
+
+
+def _check_gpus(config: Config) -> None:
+    """Enough of them on this host, where it is the only one."""
+    needed = config.gpus["engine"] * config.policy.replicas + config.gpus["learner"] * config.learn.ranks
+    if not needed or config.rollout.address or config.rollout.spawn == "threads":
+        return
+    import torch
+
+    if torch.cuda.device_count() < needed:
+        raise ValueError(
+            f"the recipe needs {needed:g} GPUs (engines {config.gpus['engine']:g} x {config.policy.replicas}, learner {config.gpus['learner']:g} "
+            f"x {config.learn.ranks}), and torch sees {torch.cuda.device_count()} here; lower them, or name a cluster by rollout.address"
+        )
 
 
 def train(config: Config, *, resume: bool = False) -> str:

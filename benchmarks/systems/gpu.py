@@ -68,6 +68,8 @@ class Card:
             f"policy.model={self.home / self.preset}",
             f"policy.engine={self.args.engine}",
             f"learn.device={self.args.device}",
+            f"policy.device={self.args.device}",
+            f"policy.share_gpu={str(self.args.device == 'cuda').lower()}",
             f"learn.dtype={dtype}",
             f"learn.lora_rank={self.lora}",
             *(["policy.vllm={}", "policy.parity=1e-4"] if self.args.device == "cpu" else []),

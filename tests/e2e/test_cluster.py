@@ -56,8 +56,8 @@ def test_parts_are_where_they_belong_and_a_lost_node_ends_no_run(tmp_path, monke
         cluster.shutdown()
 
 
-def test_where_no_cluster_answers_it_is_one_line(tmp_path):
-    address = "127.0.0.1:1"
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_where_no_cluster_answers_it_is_one_line(address, tmp_path):
     done = subprocess.run(
         command(tmp_path, f"--rollout.address={address}"), capture_output=True, text=True, timeout=300
     )

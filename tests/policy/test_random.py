@@ -17,4 +17,7 @@ def test_a_random_model_is_read_by_what_reads_models(tmp_path, capsys):
         command.main(given)
     with pytest.raises(ValueError, match="'cwm-2b' is no preset"):
         command.main(["random", "cwm-2b", "--out", str(tmp_path / "other")])
+    for device in ("cuda:7", "gpu7"):
+        with pytest.raises(ValueError, match=f"device='{device}' is none that torch has here"):
+            command.main(["random", "cwm-tiny", "--out", str(tmp_path / "other"), "--device", device])
     assert not (tmp_path / "other").exists()

@@ -98,3 +98,26 @@ def test_the_laptop_run_keeps_32_episodes_in_flight():
 def test_threads_have_no_ranks():
     with pytest.raises(ValueError, match=r"learn.ranks=2 are processes, and rollout.spawn='threads' has none; [^\n]*$"):
         load(ROOT / "rl/recipes/tiny.toml", ["learn.ranks=2", "rollout.spawn=threads"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["policy.parity=0"], r"policy.parity=[0.]+ is no difference"),
+        (["policy.share_gpu=true"], "policy.share_gpu=true is for one engine on one card"),
+        (["policy.share_gpu=true", "policy.device=cuda"], "there is no one card to share"),
+        (["rollout.address=auto", "rollout.spawn=threads"], "rollout.address='auto' is a Ray cluster"),
+    ],
+)
+def test_places_that_contradict_one_another(overrides, said):
+    with pytest.raises(ValueError, match=said) as error:
+        load(ROOT / "rl/recipes/tiny.toml", overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_gpus_that_are_not_there_are_refused_before_anything_starts():
+    from rl.train import _check_gpus
+
+    with pytest.raises(ValueError, match=r"needs 8 GPUs \(engines 1 x 4, learner 1 x 4\), and torch sees 0 here"):
+        _check_gpus(load(ROOT / "rl/recipes/swe_grpo_8b_1node.toml"))
+    _check_gpus(load(ROOT / "rl/recipes/tiny.toml"))

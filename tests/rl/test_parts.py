@@ -1,5 +1,6 @@
 """Parts that don't start are reported, not waited for."""
 
+import os
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,9 @@ import pytest
 
 from envs.errors import InfraError
 from rl import spawn
-from rl.parts import await_start
-from rl.spawn import JointHandle
+from rl.config import ROOT, load
+from rl.parts import await_start, place_of
+from rl.spawn import JointHandle, Place
 
 
 def part(name: str, answer: Future[Any]) -> Any:
@@ -81,3 +83,39 @@ def test_when_one_rank_fails_all_end_and_the_cause_is_told(monkeypatch, ends, ki
 def test_a_late_answer_of_ranks_is_an_infra_error():
     with pytest.raises(InfraError, match="^learner did not answer 'save' within 0.05 seconds$"):
         JointHandle("learner", [Rank("learner-0", None)]).ask("save", timeout=0.05)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "address", "engine", "learner", "sandbox"),
+    [
+        ("tiny", "", Place(), Place(), Place()),
+        ("tiny", "auto", Place(resource="engine"), Place(resource="learner"), Place(resource="sandbox")),
+        ("swe_grpo_8b_1node", "", Place(gpus=1), Place(gpus=1), Place()),
+        ("swe_grpo_32b", "auto", Place(gpus=8), Place(gpus=1), Place(resource="sandbox")),
+        ("gpu1", "", Place(gpus=0.5), Place(gpus=0.5), Place()),
+    ],
+)
+def test_parts_take_gpus_or_nodes(recipe, address, engine, learner, sandbox):
+    config = load(ROOT / f"rl/recipes/{recipe}.toml", [f"rollout.address={address}"] if address else [])
+    assert [place_of(config, part) for part in ("engine", "learner", "sandbox")] == [engine, learner, sandbox]
+
+
+class Eyes:
+    """What a part sees of GPUs."""
+
+    def cards(self) -> str:
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.mark.slow
+def test_ray_gives_each_part_its_own_cards():
+    """With cards that Ray believes in."""
+    import ray
+
+    ray.init(address="local", num_gpus=4, num_cpus=1, include_dashboard=False, logging_level="ERROR")
+    try:
+        parts = [spawn.spawn(Eyes, mode="ray", name="x", place=Place(gpus=n)) for n in (2, 1, 0.5, 0.5)]
+        whole, own, *shared = [part.ask("cards", timeout=60).split(",") for part in parts]
+        assert len(whole) == 2 and shared[0] == shared[1] and sorted(whole + own + shared[0]) == list("0123")
+    finally:
+        ray.shutdown()

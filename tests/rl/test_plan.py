@@ -256,6 +256,16 @@ def test_recipes_for_gpus_place_themselves(
         run(f"rl/recipes/{name}.toml", "--json", str(tmp_path / "p"), *few, "--learn.checkpoint_activations=false")
 
 
+def test_a_card_that_is_shared_is_one_card(tmp_path: Path) -> None:
+    found = run(
+        "rl/recipes/gpu1.toml", "--model", "cwm-1b", "--device", "h200", "--json", str(tmp_path / "p"), "--steps=2"
+    )
+    at = found["placement"]
+    assert at["gpus"] == 1 and at["engine"]["kv"] == int(0.3 * 141e9 - 3e9) - 2 * 1_431_373_824
+    with pytest.raises(ValueError, match="a rank has 21.1 GB"):  # 0.95 - 0.8 of 141 GB
+        run("rl/recipes/gpu1.toml", "--model", "cwm-1b", "--device", "h200", "--json", str(tmp_path / "p"), "--policy.vllm.gpu_memory_utilization=0.8")  # fmt: skip
+
+
 def test_a_context_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^learn.max_tokens=131072 needs .* GB of activations") as error:
         command.main(["plan", RECIPE, "--model", "cwm-32b", "--gpus", "64", "--policy.max_context=131072", "--learn.max_tokens=131072", "--learn.dtype=bf16", "--learn.checkpoint_activations=true"])  # fmt: skip
